@@ -1,0 +1,124 @@
+"""Token energy, the signals it is compared with, and the diagnosis that started it all.
+
+Eq. (4), the four signals of the ablation and Figures 1-2 of arXiv:2605.14558v1. A signal is one number per token;
+the diagnosis asks whether its mean over a prompt's action tokens tells how much that prompt's returns vary.
+
+P prompts, G rollouts each, B = P·G rows, T tokens, V vocabulary. Energies and entropies are in nats.
+
+Differs from the paper: p-values are of Student's t on P - 2 degrees of freedom, ties ranked by their mean.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def token_energy(logits: Tensor) -> Tensor:
+    """Energy of the next-token distribution under the frozen reference model. Eq. (4).
+
+        Eₜ = -log Σᵥ exp f_ref(t, v)
+
+    Low: confident, high: uncertain. It does not depend on the token that was sampled.
+    "Energy is uncertainty" is an observation, not a theorem: f + c has the same softmax and energy Eₜ - c.
+
+    Args:
+        logits: (…, V) f_ref at the position that predicts yₜ, temperature 1.
+    Returns:
+        (…) energies in nats.
+    """
+    return -logits.logsumexp(-1)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits); the ablation's signal with f_ref.
+
+        Hₜ = -Σᵥ pᵥ log pᵥ
+
+    Args:
+        logits: (…, V).
+    Returns:
+        (…) in nats, between 0 and log V.
+    """
+    logq = logits.log_softmax(-1)
+    return -(logq.exp() * logq).sum(-1)
+
+
+def policy_nll(old_logp: Tensor) -> Tensor:
+    """Surprise at the sampled token under the rollout policy; drifts as that policy learns. Signal of the ablation.
+
+        -log π_old(yₜ | cₜ)
+    """
+    return -old_logp
+
+
+def logprob_shift(old_logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """How far training has moved the sampled token; 0 at the first step. Signal of the ablation.
+
+        log π_old(yₜ | cₜ) - log π_ref(yₜ | cₜ)
+    """
+    return old_logp - ref_logp
+
+
+def action_bottleneck(
+    energy: Tensor, is_action: Tensor, is_reasoning: Tensor, returns: Tensor, group_size: int
+) -> dict[str, float]:
+    """The diagnosis of Figures 1 and 2: Spearman's ρ across groups between mean energy and the spread of returns.
+
+        ē_g = mean of Eₜ over the group's tokens of one class        σ_g = std of R in the group
+
+    Args:
+        energy: (B, T) Eₜ (or another signal), B = P · group_size, a group's rows adjacent.
+        is_action, is_reasoning: (B, T) bool, disjoint; together all response tokens.
+        returns: (B,) R(τ).   group_size: G ≥ 2.
+    Returns:
+        rho_* and p_* for action, reasoning and response tokens, num_groups (P), action_fraction. Groups without a
+        token of a class leave that class; ρ and p are NaN with fewer than 3 groups or where nothing varies.
+    Raises:
+        ValueError: shapes do not fit, masks overlap, or a group of one.
+    """
+    if group_size < 2 or returns.numel() % group_size:
+        raise ValueError(f"group_size must be at least 2 and divide the {returns.numel()} rows, got {group_size}")
+    if not energy.shape == is_action.shape == is_reasoning.shape or energy.shape[0] != returns.numel():
+        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (energy, is_action, is_reasoning, returns)]}")
+    if (is_action & is_reasoning).any():
+        raise ValueError("is_action and is_reasoning overlap")
+    return_std = returns.double().view(-1, group_size).std(1).numpy()  # σ_g, (P,)
+    is_response = is_action | is_reasoning
+    result = {"num_groups": len(return_std),
+              "action_fraction": (is_action.sum() / is_response.sum().clamp(min=1)).item()}
+    for name, mask in (("action", is_action), ("reasoning", is_reasoning), ("response", is_response)):
+        result[f"rho_{name}"], result[f"p_{name}"] = spearman(group_means(energy, mask, group_size), return_std)
+    return result
+
+
+def group_means(signal: Tensor, mask: Tensor, group_size: int) -> np.ndarray:
+    """(P,) mean of `signal` over each group's tokens in `mask`, all its rows pooled; NaN for a group without any."""
+    total = torch.where(mask, signal, 0).double().sum(1).view(-1, group_size).sum(1)
+    count = mask.sum(1).view(-1, group_size).sum(1)
+    return (total / count).numpy()
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Spearman's ρ and its two-sided p-value; pairs with a NaN are left out.
+
+    With t = ρ·√((n-2)/(1-ρ²)) and θ = arctan(t/√(n-2)) = arcsin ρ, Student's tail becomes an integral of cosines:
+        p = ∫_{arcsin|ρ|}^{π/2} cosⁿ⁻³θ dθ / ∫_0^{π/2} cosⁿ⁻³θ dθ
+    """
+    keep = ~(np.isnan(first) | np.isnan(second))
+    first, second = _ranks(first[keep]), _ranks(second[keep])
+    n = len(first)
+    if n < 3 or first.std() == 0 or second.std() == 0:
+        return float("nan"), float("nan")
+    rho = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+
+    def tail(start: float) -> float:
+        theta = start + (np.pi / 2 - start) * np.linspace(0, 1, 20001) ** 2  # finest where the integrand is largest
+        return np.trapezoid(np.cos(theta).clip(min=0) ** (n - 3), theta)
+
+    return rho, float(tail(np.arcsin(abs(rho))) / tail(0.0))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties by their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]

@@ -1,0 +1,151 @@
+"""Policy, frozen reference and critic, and what they say of given tokens: log-prob, entropy, energy, value.
+
+`π_θ`, `π_ref` and the critic are three copies of one language model (arXiv:2605.14558v1, §5.1); the critic's
+head is a scalar. Everything per token is (B, T) and aligned once, in `_hidden_before`: entry t belongs to token t
+and was computed from tokens 0 … t-1. Logits exist only where a response token is predicted, a chunk at a time.
+
+B rows, T tokens, N response tokens of the batch, V vocabulary, d width.
+Rows are padded on the right, so causal attention needs no padding mask and positions are 0, 1, 2, …
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from energy import token_energy, token_entropy
+
+CHUNK = 2048  # response tokens whose logits exist at one time
+TINY = Path(__file__).parent / "models" / "tiny"
+
+
+class TokenScores(NamedTuple):
+    """What a language model says of the tokens that were sampled; (B, T) float32, 0 outside the response."""
+
+    logp: Tensor  # log π(yₜ | cₜ) at the sampling temperature, nats
+    entropy: Tensor  # of the same distribution, nats
+    energy: Tensor  # Eₜ, Eq. (4), at temperature 1, nats; no gradient
+
+
+class Critic(nn.Module):
+    """A language model's body with a scalar head: V(cₜ), the value before token t."""
+
+    def __init__(self, body: PreTrainedModel):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(body.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)  # the first values are 0, whatever the body
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor, is_response: Tensor) -> Tensor:
+        """(B, T) values, 0 outside the response."""
+        hidden = _hidden_before(self.body, tokens, is_response)  # (N, d)
+        return _spread(self.head(hidden).squeeze(-1), is_response)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A causal language model from a folder or a hub name, float32, dropout off."""
+    return _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model."""
+    return _load(AutoTokenizer, name)
+
+
+def load_critic(name: str) -> Critic:
+    """A critic whose body is a copy of the language model `name`."""
+    return Critic(load_model(name).base_model)
+
+
+def _load(cls: type, name: str, **options):
+    """`from_pretrained`, with one clear line where folder, name or network is missing."""
+    try:
+        return cls.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "folder" if os.sep in name or Path(name).exists() else "hub name, which needs a network"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load model {name!r} ({kind}): {reason}") from None
+
+
+def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> str:
+    """Everything before the first response."""
+    if tokenizer.chat_template is None:
+        return f"{system}\n{user}\n"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
+    """What stands between the end of a response and the start of the next; the history itself is never rewritten."""
+    if tokenizer.chat_template is None:
+        return f"\n{user}\n"
+    answer = "<think>so</think><answer>it</answer>"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                {"role": "assistant", "content": answer}, {"role": "user", "content": user}]
+    before = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) + answer
+    after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not after.startswith(before):
+        raise ValueError("the tokenizer's chat template rewrites earlier turns, so the tokens sampled could not be trained")
+    return after[len(before) :]
+
+
+def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, temperature: float = 1.0) -> TokenScores:
+    """Log-prob, entropy and energy of every response token under `model`.
+
+    Args:
+        tokens: (B, T) int64, padded on the right.   is_response: (B, T) bool, False at position 0 and padding.
+        temperature: the rollout's; log-prob and entropy are of softmax(f / temperature), energy never is.
+    """
+    hidden = _hidden_before(model.base_model, tokens, is_response)  # (N, d)
+    head, sampled = model.get_output_embeddings(), tokens[is_response]
+    chunks = [
+        checkpoint(_chunk_scores, head, h, y, temperature, use_reentrant=False)  # logits again in backward, not kept
+        for h, y in zip(hidden.split(CHUNK), sampled.split(CHUNK), strict=True)
+    ]
+    columns = [torch.cat(column) for column in zip(*chunks, strict=True)] or [hidden.new_zeros(0)] * 3
+    return TokenScores(*(_spread(column, is_response) for column in columns))
+
+
+def _chunk_scores(head: nn.Module, hidden: Tensor, sampled: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    logits = head(hidden).float()  # (n, V)
+    energy = token_energy(logits.detach())
+    logits = logits / temperature
+    logp = logits.gather(-1, sampled[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return logp, token_entropy(logits), energy
+
+
+def _hidden_before(body: PreTrainedModel, tokens: Tensor, is_response: Tensor) -> Tensor:
+    """(N, d) last hidden states that predict the response tokens: the one causal shift of the project."""
+    if is_response[:, 0].any():
+        raise ValueError("position 0 has nothing before it and cannot be a response token")
+    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state  # (B, T, d)
+    rows, columns = is_response.nonzero(as_tuple=True)
+    return hidden[rows, columns - 1]
+
+
+def _spread(values: Tensor, is_response: Tensor) -> Tensor:
+    """(N,) → (B, T), zeros elsewhere."""
+    return torch.zeros(is_response.shape, dtype=values.dtype, device=values.device).masked_scatter(is_response, values)
+
+
+def pad(rows: Sequence[Sequence], dtype: torch.dtype) -> Tensor:
+    """(B, T), zeros on the right; what is padding is known from lengths, never from token ids."""
+    return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Row numbers, longest rows together, each list at most `token_budget` tokens with its padding (or one row)."""
+    batches, width = [], 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * width > token_budget:
+            batches.append([])
+            width = lengths[row]
+        batches[-1].append(row)
+    return batches

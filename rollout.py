@@ -1,0 +1,305 @@
+"""Multi-turn rollouts, token in, token out: the ids that are trained are the ids that were sampled.
+
+Turn k: read the history s_k, sample o_k until `</answer>` or the end of the turn, give a_k to the environment, append
+what it answers (Setting of arXiv:2605.14558v1, Eq. (1)). Nothing is decoded and encoded again.
+
+B = P prompts · G rollouts, T tokens, V vocabulary; C tokens a forward pass, `slots` the cache's rows.
+Fast because the cache is allocated ahead and updated in place, a group's prompt is run once, finished rows leave the
+batch, and rows wait to read their observations together while the others write. Slots are kept in the order
+writers | readers | free, so every forward pass works on a view of the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from actfocus import answer_span, classify_tokens
+from envs import Episode
+from policy import opening_text, pad, turn_text
+
+
+@dataclass
+class Trajectory:
+    """One episode as tokens, and what the rollout policy said of each; lists of length T, 0 outside the response."""
+
+    episode: Episode
+    tokens: list[int]
+    is_response: list[bool]
+    is_action: list[bool]
+    logp: list[float]  # log π_old at the sampling temperature, nats
+    entropy: list[float]  # of π_old, nats
+    score_norm: list[float]  # ‖∇ log π_old(yₜ)‖ with respect to the logits
+    spans: list[tuple[int, int]] = field(default_factory=list)  # responses o_k: tokens[start:end]
+
+    @classmethod
+    def start(cls, episode: Episode, prompt: Sequence[int]) -> "Trajectory":
+        """A trajectory that has only read its prompt."""
+        row = cls(episode, [], [], [], [], [], [])
+        row.read(prompt)
+        return row
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Append tokens that the policy did not write."""
+        self.tokens += ids
+        self._fill()
+
+    def write(self, token: int, logp: float, entropy: float, score_norm: float) -> None:
+        """Append one sampled token."""
+        self.tokens.append(token)
+        self.is_response.append(True)
+        self.logp.append(logp)
+        self.entropy.append(entropy)
+        self.score_norm.append(score_norm)
+
+    def close(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """End the response in progress, classify its tokens, and return its text."""
+        start = len(self.is_action)
+        pieces = token_pieces(tokenizer, self.tokens[start:])
+        self.is_action += classify_tokens(pieces)[1].tolist()
+        self.spans.append((start, len(self.tokens)))
+        return "".join(pieces)
+
+    def _fill(self) -> None:
+        for column in (self.is_response, self.is_action, self.logp, self.entropy, self.score_norm):
+            column += [0] * (len(self.tokens) - len(column))
+
+
+@dataclass
+class Batch:
+    """Trajectories as padded tensors, (B, T) unless said otherwise; the lower half is filled in by the training step."""
+
+    tokens: Tensor
+    is_response: Tensor
+    is_action: Tensor
+    is_reasoning: Tensor
+    old_logp: Tensor
+    entropy: Tensor
+    score_norm: Tensor
+    returns: Tensor  # (B,) R(τ)
+    lengths: Tensor  # (B,) tokens of each row
+    ref_logp: Tensor | None = None
+    energy: Tensor | None = None
+    advantages: Tensor | None = None
+    value_targets: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Trajectory]) -> "Batch":
+        """Pad on the right; what is padding is known from lengths, never from ids."""
+        is_response = pad([row.is_response for row in rows], torch.bool)
+        is_action = pad([row.is_action for row in rows], torch.bool)
+        floats = (pad([getattr(row, name) for row in rows], torch.float32) for name in ("logp", "entropy", "score_norm"))
+        return cls(pad([row.tokens for row in rows], torch.int64), is_response, is_action, is_response & ~is_action, *floats,
+                   torch.tensor([row.episode.return_ for row in rows]), torch.tensor([len(row.tokens) for row in rows]))
+
+    def take(self, rows: Sequence[int] | Tensor) -> "Batch":
+        """These rows, as wide as the longest of them."""
+        width = int(self.lengths[rows].max())
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: x if x is None else x[rows, :width] if x.dim() == 2 else x[rows] for name, x in parts.items()})
+
+    def to(self, device: torch.device) -> "Batch":
+        """On another device."""
+        return Batch(**{f.name: x if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)})
+
+    def final_rewards(self) -> Tensor:
+        """R(τ) on every row's last response token, 0 elsewhere."""
+        left = self.is_response.flip(1).cumsum(1).flip(1)  # response tokens from t on
+        return torch.where(self.is_response & (left == 1), self.returns[:, None], 0.0)
+
+
+class SlotCache(Cache):
+    """Keys and values of all rows, allocated ahead; a row's entry for position t lies at index t of its slot."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.store: list[list[Tensor]] = []  # per layer [keys, values], (slots, heads, capacity, head width)
+        self.start, self.positions = 0, None  # the slots and positions of the forward pass in progress
+
+    def aim(self, start: int, positions: Tensor) -> Tensor:
+        """Point the next forward pass at slots start, start + 1, … and give its attention mask, (R, 1, C, width)."""
+        self.start, self.positions, self.width = start, positions, int(positions.max()) + 1
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        return torch.arange(self.width, device=positions.device) <= positions[:, None, :, None]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write (R, heads, C, head width) at the aimed slots; give everything up to the widest position."""
+        if layer == len(self.store):
+            self.store.append([keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) for _ in range(2)])
+        views = []
+        for i, new in enumerate((keys, values)):
+            room = self.width - self.store[layer][i].shape[2]
+            if room > 0:
+                self.store[layer][i] = functional.pad(self.store[layer][i], (0, 0, 0, max(room, 256)))
+            view = self.store[layer][i][self.start : self.start + len(new)]
+            view[self.rows, :, self.positions] = new.transpose(1, 2)
+            views.append(view[:, :, : self.width])
+        return views[0], views[1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Required by transformers; positions are always passed explicitly."""
+        return 0
+
+    def select(self, index: Tensor) -> None:
+        """Slot i becomes a copy of slot index[i]."""
+        self.store = [[tensor[index] for tensor in pair] for pair in self.store]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two slots up to `length`."""
+        for tensor in (tensor for pair in self.store for tensor in pair) if one != other else ():
+            kept = tensor[one, :, :length].clone()
+            tensor[one, :, :length] = tensor[other, :, :length]
+            tensor[other, :, :length] = kept
+
+
+class Engine:
+    """A model and its cache: one forward pass over adjacent slots."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.cache = model, SlotCache()
+
+    def forward(self, pending: Sequence[Sequence[int]], start: int, seen: Sequence[int]) -> Tensor:
+        """Read `pending[i]` in slot start + i after its `seen[i]` tokens; (R, V) logits after each row's last token."""
+        device = self.model.device
+        tokens = pad(pending, torch.int64).to(device)  # (R, C)
+        positions = torch.tensor(seen, device=device)[:, None] + torch.arange(tokens.shape[1], device=device)
+        mask = self.cache.aim(start, positions)  # padding lies beyond a row's end: never attended to, overwritten later
+        hidden = self.model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask,
+                                       past_key_values=self.cache, use_cache=True).last_hidden_state
+        last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
+        return self.model.get_output_embeddings()(hidden[torch.arange(len(last), device=device), last]).float()
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], generator: torch.Generator,
+    temperature: float = 1.0, max_response_tokens: int = 96, max_context: int = 2048, engine: Engine | None = None,
+) -> list[Trajectory]:
+    """Play every episode to its end under `model`.
+
+    Args:
+        episodes: B fresh episodes; equal prompts are run once.   generator: of all sampling, on the model's device.
+        temperature: > 0.   max_response_tokens: a longer response is cut, which makes its turn invalid.
+        max_context: an episode whose next turn might not fit ends there.
+    Returns:
+        B trajectories in the order of `episodes`.
+    Raises:
+        ValueError: temperature not above 0, or a prompt that leaves no room for a response.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    engine = engine or Engine(model)
+    rows, logits = _read_prompts(engine, tokenizer, episodes, max_context - max_response_tokens)
+    order, pending = list(rows), {}  # slot → trajectory; waiting trajectory's id → tokens it has still to read
+    may_end = _may_end(tokenizer)
+    writing = live = len(order)
+    while live:
+        if live - writing >= max(writing, 1) / 2 or not writing:  # enough readers: let them read together
+            new = [pending.pop(id(row)) for row in order[writing:live]]
+            seen = [len(row.tokens) - len(ids) for row, ids in zip(order[writing:live], new, strict=True)]
+            read = engine.forward(new, writing, seen) if new else logits[:0]
+            logits, writing = torch.cat([logits, read]), live
+        ended = _write(order[:writing], logits, temperature, generator, may_end, tokenizer, max_response_tokens)
+        for slot in reversed(ended):
+            row, writing = order[slot], writing - 1
+            _swap(engine, order, slot, writing)
+            message = row.episode.act(_answer(row.close(tokenizer)))
+            ids = [] if message is None else _turn_ids(tokenizer, message, row.tokens[-1])
+            if message is None or len(row.tokens) + len(ids) + max_response_tokens > max_context:
+                live -= 1
+                _swap(engine, order, writing, live)
+            else:
+                pending[id(row)] = [row.tokens[-1], *ids]  # the last sampled token has not been read yet either
+                row.read(ids)
+        if writing:
+            writers = order[:writing]
+            logits = engine.forward([row.tokens[-1:] for row in writers], 0, [len(row.tokens) - 1 for row in writers])
+        else:
+            logits = logits[:0]
+    return rows
+
+
+def _read_prompts(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], room: int
+) -> tuple[list[Trajectory], Tensor]:
+    """Every different prompt once, then a copy of its cache for each of its rollouts."""
+    texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
+    prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+    longest = max(map(len, prompts.values()))
+    if longest > room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room for a response: max_context allows {room}")
+    logits = engine.forward(list(prompts.values()), 0, [0] * len(prompts))
+    number = {text: i for i, text in enumerate(prompts)}
+    index = torch.tensor([number[text] for text in texts], device=logits.device)
+    engine.cache.select(index)
+    return [Trajectory.start(*pair) for pair in zip(episodes, map(prompts.get, texts), strict=True)], logits[index]
+
+
+def _write(rows, logits, temperature, generator, may_end, tokenizer, max_response_tokens) -> list[int]:
+    """Sample one token for every row; returns the numbers of the rows whose response ended with it."""
+    logq = (logits / temperature).log_softmax(-1)  # (R, V)
+    probs = logq.exp()
+    cumulative = probs.cumsum(1)  # inverse transform sampling: a tenth of torch.multinomial's time
+    draw = torch.rand(len(probs), 1, generator=generator, device=probs.device) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, draw, right=True).clamp(max=probs.shape[1] - 1)  # (R, 1)
+    chosen = logq.gather(1, tokens)
+    entropy = -(probs * logq).sum(1, keepdim=True)
+    norm = (1 - 2 * chosen.exp() + probs.square().sum(1, keepdim=True)).clamp(min=0).sqrt()  # ‖onehot - p‖
+    ended, columns = [], torch.cat([chosen, entropy, norm], 1).tolist()
+    for i, (row, token, numbers) in enumerate(zip(rows, tokens[:, 0].tolist(), columns, strict=True)):
+        row.write(token, *numbers)
+        written = len(row.tokens) - len(row.is_action)
+        if written == max_response_tokens or (token in may_end and _has_ended(tokenizer, row.tokens[-min(written, 9) :])):
+            ended.append(i)
+    return ended
+
+
+def _has_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+    return ids[-1] == tokenizer.eos_token_id or "</answer>" in tokenizer.decode(ids)
+
+
+def _may_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens after which a response can be over; only there is text looked at."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return {i for i, text in enumerate(texts) if ">" in text} | {tokenizer.eos_token_id}
+
+
+def _answer(text: str) -> str | None:
+    span = answer_span(text)
+    return text[slice(*span)] if span else None
+
+
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int) -> list[int]:
+    """The tokens between two responses; the end-of-turn token is not said twice."""
+    ids = tokenizer.encode(turn_text(tokenizer, message), add_special_tokens=False)
+    return ids[1:] if last == tokenizer.eos_token_id and ids[0] == last else ids
+
+
+def _swap(engine: Engine, order: list[Trajectory], one: int, other: int) -> None:
+    length = max(len(order[one].tokens), len(order[other].tokens))
+    engine.cache.swap(one, other, length)
+    order[one], order[other] = order[other], order[one]
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text each token adds; together the response's text. First bytes of a split character add ""."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean success, over prompts: samples of one prompt are no news.
+
+    Args:
+        success: (P, samples) of 0 and 1.   draws: bootstrap resamples, from a fixed seed.
+    """
+    means = success.mean(1)
+    index = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
+    low, high = np.quantile(means[index].mean(1), [0.025, 0.975])
+    return float(low), float(high)

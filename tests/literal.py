@@ -1,0 +1,139 @@
+"""The equations of arXiv:2605.14558v1 as its own plain loops: slow and obvious, on lists of floats, without torch.
+
+Rows are lists of their own lengths, so there is no padding to get wrong. The tests hold the tensor code equal to this.
+"""
+
+import math
+
+
+def token_energy(logits):
+    """E = -log Σᵥ exp f(v), one position. Eq. (4)."""
+    total = 0.0
+    for f in logits:
+        total += math.exp(f)
+    return -math.log(total)
+
+
+def token_entropy(logits):
+    """H = -Σᵥ pᵥ log pᵥ, one position."""
+    total = sum(math.exp(f) for f in logits)
+    entropy = 0.0
+    for f in logits:
+        p = math.exp(f) / total
+        entropy -= p * math.log(p)
+    return entropy
+
+
+def classify_tokens(pieces):
+    """For every token whether it is an action token, character by character and without a regular expression."""
+    text = "".join(pieces)
+    inside = [False] * len(text)
+    thought = _skip_space(text, 0)
+    if text.startswith("<think>", thought) and "</think>" in text:
+        opening = _skip_space(text, text.index("</think>") + len("</think>"))
+        start = opening + len("<answer>")
+        if text.startswith("<answer>", opening) and "</answer>" in text[start:]:
+            for i in range(start, text.index("</answer>", start)):
+                inside[i] = not text[i].isspace()
+    is_action, position = [], 0
+    for piece in pieces:
+        if piece:
+            is_action.append(any(inside[position : position + len(piece)]))
+        else:  # first bytes of the character that starts here, if there is one
+            is_action.append(position < len(text) and inside[position])
+        position += len(piece)
+    return is_action
+
+
+def _skip_space(text, i):
+    while i < len(text) and text[i].isspace():
+        i += 1
+    return i
+
+
+def token_weights(energy, is_action, is_reasoning, alpha, beta, eps):
+    """w_t of every token of every row. Eq. (5), with the mean and std of Eq. (16)."""
+    action_energies = []
+    for i in range(len(energy)):
+        for t in range(len(energy[i])):
+            if is_action[i][t]:
+                action_energies.append(energy[i][t])
+    n = len(action_energies)
+    mean = sum(action_energies) / n if n else 0.0
+    variance = sum((e - mean) ** 2 for e in action_energies) / n if n else 0.0
+    std = math.sqrt(variance + eps)
+    weights = []
+    for i in range(len(energy)):
+        row = []
+        for t in range(len(energy[i])):
+            if is_action[i][t]:
+                row.append(1 + beta / (1 + math.exp(-(energy[i][t] - mean) / std)))
+            elif is_reasoning[i][t]:
+                row.append(alpha)
+            else:
+                row.append(0.0)
+        weights.append(row)
+    return weights
+
+
+def policy_loss(logp, old_logp, advantages, weights, clip_low, clip_high):
+    """The weighted clipped surrogate over all tokens of all rows. Eq. (6)."""
+    total, total_weight = 0.0, 0.0
+    for i in range(len(logp)):
+        for t in range(len(logp[i])):
+            if weights[i][t] == 0:
+                continue
+            ratio = math.exp(logp[i][t] - old_logp[i][t])
+            clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
+            total += weights[i][t] * min(ratio * advantages[i][t], clipped * advantages[i][t])
+            total_weight += weights[i][t]
+    return -total / total_weight if total_weight else 0.0
+
+
+def group_advantages(returns, group_size, eps):
+    """GRPO's (R - mean) / (std + ε) inside every group. Eqs. (3) and (13)."""
+    advantages = []
+    for first in range(0, len(returns), group_size):
+        group = returns[first : first + group_size]
+        mean = sum(group) / group_size
+        for value in group:
+            if min(group) == max(group):
+                advantages.append(0.0)
+            else:
+                variance = sum((other - mean) ** 2 for other in group) / (group_size - 1)
+                advantages.append((value - mean) / (math.sqrt(variance) + eps))
+    return advantages
+
+
+def gae(rewards, values, is_response, gamma, lam):
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the response tokens of one row, everything else cut out first. GAE, Eq. (12)."""
+    positions = [t for t in range(len(values)) if is_response[t]]
+    advantages = [0.0] * len(values)
+    for k in range(len(positions)):
+        for distance in range(len(positions) - k):
+            t = positions[k + distance]
+            is_last = k + distance == len(positions) - 1
+            next_value = 0.0 if is_last else values[positions[k + distance + 1]]
+            delta = rewards[t] + gamma * next_value - values[t]
+            advantages[positions[k]] += (gamma * lam) ** distance * delta
+    return advantages
+
+
+def whiten(values, eps):
+    """(x - mean) / sqrt(variance + ε) of one list."""
+    mean = sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / len(values)
+    return [(x - mean) / math.sqrt(variance + eps) for x in values]
+
+
+def spearman(first, second):
+    """Pearson's correlation of the ranks; a rank is 1 + how many are smaller + half of the others that are equal."""
+
+    def ranks(values):
+        return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+
+    first, second, n = ranks(first), ranks(second), len(first)
+    mean = (n + 1) / 2
+    covariance = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
+    spread = math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
+    return covariance / spread

@@ -1,0 +1,198 @@
+"""Makes `models/tiny`, the stand-in for a base model: it knows the format and plays a little better than chance.
+
+Ours, not the paper's (arXiv:2605.14558v1 starts from Qwen2.5-Instruct). Scripted players write transcripts of all
+environments in the form of rollouts; a small Llama learns their responses. The reasoning looks at the state and muses,
+and never names the move. First the moves are optimal, so that the mapping is learnt; at the end they are optimal
+only with probability `SKILL`, which leaves a soft policy with knowledge under it.
+
+    python warmstart.py --output_dir models/tiny --seed 0      # rebuilds the committed folder
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import policy
+from envs import Env, Episode, make_env
+
+GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}}
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+FIRST_SEED = 2**40  # levels of the warm start: far from those of training and evaluation
+SKILL = 0.4  # probability of an optimal move in the last quarter of the steps
+ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
+ROWS = 32  # transcripts a step
+WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate is one token, a map's cell one
+
+MUSINGS = {
+    "frozenlake": [
+        "Let me look at the map with care.", "No hurry, one thing after another.", "Ice can be thin where nobody looks.",
+        "Every hole ends the walk at once.", "The way need not be straight.", "I keep my balance and think it over.",
+        "It is cold out here, but the sky is clear.", "I go over the cells one by one.",
+    ],
+    "sokoban": [
+        "Let me look at the room with care.", "No hurry, one thing after another.", "A box in a corner is stuck for good.",
+        "Boxes can be pushed but never pulled.", "First I have to stand on the far side.", "Walls leave little space here.",
+        "It is quiet in the store house today.", "I go over the cells one by one.",
+    ],
+}
+
+
+def reasoning(game: str, env: Env, rng: np.random.Generator) -> str:
+    """What the player thinks: true facts of the state and idle remarks, in random order, without the move."""
+    musings = [str(text) for text in rng.choice(MUSINGS[game], size=rng.integers(1, 3), replace=False)]
+    sentences = FACTS[game](env, rng) + musings
+    return " ".join(sentences[i] for i in rng.permutation(len(sentences)))
+
+
+def _frozenlake_facts(env: Env, rng: np.random.Generator) -> list[str]:
+    standing = str(rng.choice(["I stand at", "I am now at", "My place is"]))
+    return [f"{standing} {env.player}.",
+            f"{_where('The goal', env.player, env.goal, rng)}",
+            f"{_count(len(env.holes))} to keep in mind."]
+
+
+def _sokoban_facts(env: Env, rng: np.random.Generator) -> list[str]:
+    player, (box,) = env.state
+    (target,) = env.targets
+    return [_where("The box", player, box, rng), _where("The target", box, target, rng, "it")]
+
+
+def _count(holes: int) -> str:
+    return "There is one hole" if holes == 1 else f"There are {holes} holes"
+
+
+def _where(name: str, origin: tuple[int, int], place: tuple[int, int], rng: np.random.Generator, other: str = "me") -> str:
+    """Where a thing lies as seen from another: a fact about the state, not a move."""
+    down, across = place[0] - origin[0], place[1] - origin[1]
+    rows = f"{abs(down)} {'below' if down > 0 else 'above'}" if down else "in the row"
+    columns = f"{abs(across)} to the {'east' if across > 0 else 'west'}" if across else "in the column"
+    verb = str(rng.choice(["is", "lies", "waits"]))
+    return f"{name} at {place} {verb} {rows} and {columns} of {other}."
+
+
+FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts}
+
+
+def transcript(game: str, seed: int, skill: float) -> list[tuple[str, bool]]:
+    """One episode of a player whose moves are optimal with probability `skill`: (text, is it a response) in order.
+
+    It starts up to five random moves into the level, so that states off the best path are seen as well.
+    """
+    rng = np.random.default_rng([seed, 2])
+    env = make_env(game, **GAMES[game])
+    episode = Episode(env, seed, style="brief")
+    _wander(episode, rng)
+    parts = [(f"{episode.system()}\n{episode.user()}\n", False)]
+
+    def choose(best: list[str]) -> str:
+        return str(rng.choice(best if rng.random() < skill else env.actions))
+
+    while not episode.done:
+        moves = env.solve(choose)[: env.actions_per_turn] or [str(rng.choice(env.actions))]
+        answer = " || ".join(moves)
+        thought = reasoning(game, env, rng)
+        parts.append((f"<think>{thought}</think><answer>{answer}</answer>", True))
+        if message := episode.act(answer):
+            parts.append((f"\n{message}\n", False))
+    return parts
+
+
+def _wander(episode: Episode, rng: np.random.Generator) -> None:
+    """Random moves before the first turn; taken back if they end the episode or spoil it."""
+    env, moves = episode.env, rng.integers(6)
+    for _ in range(moves):
+        episode.observation, *_ = env.step(str(rng.choice(env.actions)))
+    if not env.solve():
+        episode.observation, _ = env.reset(episode.seed)
+    env.actions_left = env.max_actions
+
+
+def build_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Byte-level BPE within the words of WORD, so any text has tokens; the four tags are one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|pad|>", "<|end|>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+
+
+def build_model(vocab_size: int) -> LlamaForCausalLM:
+    """A Llama of about 0.7 million parameters."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1,
+    ))
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, parts: list[tuple[str, bool]]) -> tuple[list[int], list[float]]:
+    """Token ids of a transcript and their weights in the loss: 0 prompt, 1 reasoning, ACTION_WEIGHT action."""
+    ids, weights = [], []
+    for text, is_response in parts:
+        part = tokenizer.encode(text, add_special_tokens=False)
+        start = part.index(tokenizer.convert_tokens_to_ids("<answer>")) if is_response else 0
+        ids += part
+        weights += [(ACTION_WEIGHT if i > start else 1.0) * is_response for i in range(len(part))]
+    return ids, weights
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int) -> Iterator[int]:
+    """Weighted cross-entropy on response tokens; linear warm-up and decay of the learning rate. Yields every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, max(0.05, 1 - step / steps))
+    )
+    games, start = list(GAMES), time.time()
+    for step in range(steps):
+        skill = 1.0 if step < 0.75 * steps else SKILL
+        rows = [encode(tokenizer, transcript(games[i % len(games)], FIRST_SEED + (seed * steps + step) * ROWS + i, skill))
+                for i in range(ROWS)]
+        total = sum(sum(weights) for _, weights in rows)
+        loss = 0.0
+        for batch in policy.micro_batches([len(ids) for ids, _ in rows], 2048):
+            tokens = policy.pad([rows[i][0] for i in batch], torch.int64)
+            weights = policy.pad([rows[i][1] for i in batch], torch.float32)
+            logp = policy.score_tokens(model, tokens, weights > 0).logp
+            part = -(weights * logp).sum() / total
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:5d}  loss {loss:.4f}  {time.time() - start:6.0f} s", flush=True)
+        yield step
+
+
+def main() -> None:
+    """Build tokenizer and model, train, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    texts = ("".join(text for text, _ in transcript(game, FIRST_SEED - 1 - i, 0.5)) for game in GAMES for i in range(1000))
+    tokenizer = build_tokenizer(texts)
+    model = build_model(len(tokenizer))
+    for step in train(model, tokenizer, args.steps, args.learning_rate, args.seed):
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            model.save_pretrained(args.output_dir)
+            tokenizer.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
