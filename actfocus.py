@@ -21,7 +21,7 @@ RESPONSE = re.compile(r"\s*<think>(?>.*?</think>)\s*<answer>(.*?)</answer>", re.
 
 
 def answer_span(text: str) -> tuple[int, int] | None:
-    """Where aₖ stands in the response `<think>…</think><answer>aₖ</answer>`, or None without that structure. Eq. (1)."""
+    """Where aₖ stands in a response `<think>…</think><answer>aₖ</answer>`; None without that structure. Eq. (1)."""
     match = RESPONSE.match(text)
     return match.span(1) if match else None
 
@@ -72,13 +72,13 @@ def token_weights(
         ValueError: shapes differ, masks overlap, or alpha or beta out of range.
     """
     _check_same_shape(energy=energy, is_action=is_action, is_reasoning=is_reasoning)
-    if is_action.dtype != torch.bool or is_reasoning.dtype != torch.bool:
-        raise ValueError(f"masks must be bool, got {is_action.dtype} and {is_reasoning.dtype}")
+    if not energy.is_floating_point() or is_action.dtype != torch.bool or is_reasoning.dtype != torch.bool:
+        raise ValueError(f"energy must be float and masks bool, got {[x.dtype for x in (energy, is_action, is_reasoning)]}")
     if (is_action & is_reasoning).any():
         raise ValueError(f"{(is_action & is_reasoning).sum()} tokens are both action and reasoning")
     if not 0 <= alpha <= 1 or not beta >= 0:
         raise ValueError(f"alpha must lie in [0, 1] and beta be at least 0, got {alpha} and {beta}")
-    weights = torch.where(is_reasoning, alpha, 0.0).to(energy.dtype)
+    weights = alpha * is_reasoning.to(energy.dtype)
     signal = energy.detach()[is_action]  # (N,)
     if signal.numel():
         standardised = (signal - signal.mean()) / (signal.var(correction=0) + eps).sqrt()
@@ -109,17 +109,18 @@ def policy_loss(
     Raises:
         ValueError: shapes differ, a clip range is impossible, or a weight is negative or not finite.
     """
-    _check_same_shape(logp=logp, old_logp=old_logp, weights=weights)
-    advantages = advantages[:, None].expand_as(logp) if advantages.dim() == 1 else advantages
-    _check_same_shape(logp=logp, advantages=advantages)
+    if advantages.shape == logp.shape[:1]:
+        advantages = advantages[:, None].expand_as(logp)
+    _check_same_shape(logp=logp, old_logp=old_logp, advantages=advantages, weights=weights)
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(f"clip_low must lie in [0, 1] and clip_high be at least 0, got {clip_low} and {clip_high}")
-    if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError("weights must be finite and not negative")
+    wrong = weights[~(weights.isfinite() & (weights >= 0))]
+    if len(wrong):
+        raise ValueError(f"weights must be finite and not negative, got {wrong[0].item()}")
     used = weights > 0
     log_ratio = torch.where(used, logp - old_logp.detach(), 0.0)  # before exp, so a NaN filler cannot leak
     advantages = torch.where(used, advantages.detach(), 0.0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=20.0).exp()  # e²⁰ is far beyond any clip; e⁸⁹ would overflow and make 0 · ∞
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     total = weights.sum().item() if total_weight is None else total_weight
     return -(weights.detach() * surrogate).sum() / (total or 1.0)
@@ -169,7 +170,7 @@ def gae(
     _check_same_shape(rewards=rewards, values=values, is_response=is_response)
     if not 0 <= gamma <= 1 or not 0 <= lam <= 1:
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
-    values = torch.where(is_response, values.detach(), 0.0)
+    values, rewards = torch.where(is_response, values.detach(), 0.0), rewards.detach()
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):

@@ -4,7 +4,6 @@ KL estimators: Eq. (15) of arXiv:2605.14558v1 and its k1, k2, k3 forms. StarPO-S
 Pure functions; B rows, T tokens, P groups of G rows.
 """
 
-import torch
 from torch import Tensor
 
 KINDS = ("k1", "k2", "k3")

@@ -3,22 +3,66 @@
     config.json  metrics.jsonl  eval.jsonl  samples/  plots/  checkpoint-N/
 
 A checkpoint is an ordinary model folder for `from_pretrained`, with optimiser, critic and generator beside it in
-`trainer_state.pt` (plain tensors and numbers, read with weights_only=True). It is written to a temporary folder, flushed and
-renamed, so a folder called checkpoint-N is always whole. Lines of steps after it are cut when a run resumes.
+`trainer_state.pt` (plain tensors and numbers, read with weights_only=True). It is written to a temporary folder,
+flushed and renamed, so a folder called checkpoint-N is always whole. Lines of later steps are cut when a run resumes.
 """
 
 import json
 import os
+import platform
 import shutil
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from policy import Critic, load_model
 
 STATE = "trainer_state.pt"
 
 
-def save_checkpoint(run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict) -> Path:
+@dataclass
+class State:
+    """What changes while a run goes on."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    critic: Critic | None = None
+    critic_optimizer: torch.optim.Optimizer | None = None
+    step: int = 0
+    skipped: int = 0  # optimiser steps whose gradient was not finite
+    bad_steps: int = 0  # how many of them in a row
+
+
+def new_run(folder: str, name: str, config: dict) -> Path:
+    """A run folder with its config.json, by default a new one under runs/; nothing that exists is written over."""
+    if folder:
+        run = Path(folder)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f"--output_dir {run}: not empty; choose another, or --resume_from_checkpoint {run}")
+    else:
+        stem = Path("runs") / name
+        run = next(p for i in range(1, 10_000) if not (p := stem if i == 1 else Path(f"{stem}-{i}")).exists())
+    for part in ("samples", "plots"):
+        (run / part).mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    about = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+             "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
+             "machine": platform.machine()}
+    (run / "config.json").write_text(json.dumps({"config": config, **about}, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def save_checkpoint(
+    run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict
+) -> Path:
     """Write `checkpoint-{step}` so that a crash at any moment leaves the previous one loadable."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError(f"refusing to save a policy with NaN or infinite weights at step {step}")
@@ -35,9 +79,25 @@ def save_checkpoint(run: Path, step: int, model: PreTrainedModel, tokenizer: Pre
     return final
 
 
-def load_state(checkpoint: Path) -> dict:
-    """Optimiser, critic, generator and counters of a checkpoint."""
-    return torch.load(checkpoint / STATE, weights_only=True)
+def save(state: State, run: Path) -> None:
+    """A checkpoint of everything that changes; levels need no generator, they follow from the step."""
+    parts = {"optimizer": state.optimizer.state_dict(), "generator": state.generator.get_state(), "step": state.step,
+             "skipped": state.skipped, "bad_steps": state.bad_steps}
+    if state.critic:
+        parts |= {"critic": state.critic.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict()}
+    save_checkpoint(run, state.step, state.policy, state.tokenizer, parts)
+
+
+def restore(state: State, path: Path) -> None:
+    """Bring `state` to what it was when the checkpoint was written."""
+    saved = torch.load(path / STATE, weights_only=True)
+    state.policy.load_state_dict(load_model(str(path)).state_dict())
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.generator.set_state(saved["generator"])
+    state.step, state.skipped, state.bad_steps = saved["step"], saved["skipped"], saved["bad_steps"]
+    if state.critic:
+        state.critic.load_state_dict(saved["critic"])
+        state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -81,7 +81,7 @@ def action_bottleneck(
     if not energy.shape == is_action.shape == is_reasoning.shape or energy.shape[0] != returns.numel():
         raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (energy, is_action, is_reasoning, returns)]}")
     if (is_action & is_reasoning).any():
-        raise ValueError("is_action and is_reasoning overlap")
+        raise ValueError(f"{(is_action & is_reasoning).sum()} tokens are both action and reasoning")
     return_std = returns.double().view(-1, group_size).std(1).numpy()  # σ_g, (P,)
     is_response = is_action | is_reasoning
     result = {"num_groups": len(return_std),

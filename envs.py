@@ -314,6 +314,8 @@ class Episode:
     success: bool = False
 
     def __post_init__(self):
+        if self.style not in ("brief", "paper"):
+            raise ValueError(f"unknown prompt style {self.style!r}: choose from brief, paper")
         self.observation, _ = self.env.reset(self.seed, self.replica)
 
     @property

@@ -10,28 +10,32 @@ import numpy as np
 from checkpoint import read_lines
 
 matplotlib.use("Agg")  # files only, no window
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # for colour-blind readers too
 
 
 def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None) -> Path:
-    """Success against step: evaluations as points with their intervals, training rollouts as thin lines."""
+    """Success against step: evaluations as points with their 95 % intervals, training rollouts as thin lines."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for i, run in enumerate(runs):
+        if not (run / "config.json").exists():
+            raise ValueError(f"{run} is not a run folder: no config.json")
         config = json.loads((run / "config.json").read_text())["config"]
-        label = f"{config['env']}, {config['algo']}, {config['weights']}, seed {config['seed']}"
+        label, colour = "{env}, {algo}, {weights}, seed {seed}".format(**config), COLOURS[i % len(COLOURS)]
         metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.35, linewidth=1)
-        steps, success, low, high = (np.array([row[key] for row in evaluations]) for key in ("step", "success", "low", "high"))
+        steps, train = ([row[key] for row in metrics] for key in ("step", "success"))
+        axes.plot(steps, train, color=colour, alpha=0.35, linewidth=1)
+        steps, success, low, high = (
+            np.array([row[key] for row in evaluations]) for key in ("step", "success", "low", "high")
+        )
         axes.errorbar(steps, success, [success - low, high - success], color=colour, marker="o", capsize=3, label=label)
     for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
         if level is not None:
             axes.axhline(level, color="0.5", linestyle=":", linewidth=1)
-            axes.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4", fontsize=8)
-    axes.set(xlabel="step", ylabel="success", ylim=(0, 1.05), title="Evaluation success (points, 95 % interval) and training success (thin)")
-    axes.title.set_fontsize(10)
+            axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", color="0.4", fontsize=8)
+    axes.set(xlabel="step", ylabel="success", ylim=(0, 1.08))
+    axes.set_title("Evaluation (points, 95 % interval) and training rollouts (thin)", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
     return _save(figure, path)
 

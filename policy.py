@@ -66,10 +66,12 @@ def load_critic(name: str) -> Critic:
 
 def _load(cls: type, name: str, **options):
     """`from_pretrained`, with one clear line where folder, name or network is missing."""
+    if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/")) or name.count("/") > 1):
+        raise ValueError(f"cannot load model {name!r}: there is no such folder")
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        kind = "folder" if os.sep in name or Path(name).exists() else "hub name, which needs a network"
+        kind = "folder" if Path(name).is_dir() else "hub name, which needs a network"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load model {name!r} ({kind}): {reason}") from None
 
@@ -92,7 +94,7 @@ def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
     before = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) + answer
     after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not after.startswith(before):
-        raise ValueError("the tokenizer's chat template rewrites earlier turns, so the tokens sampled could not be trained")
+        raise ValueError("the chat template rewrites earlier turns: the tokens sampled could not be the ones trained")
     return after[len(before) :]
 
 

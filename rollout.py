@@ -12,7 +12,6 @@ writers | readers | free, so every forward pass works on a view of the cache.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -72,7 +71,7 @@ class Trajectory:
 
 @dataclass
 class Batch:
-    """Trajectories as padded tensors, (B, T) unless said otherwise; the lower half is filled in by the training step."""
+    """Trajectories as padded tensors, (B, T) unless said otherwise; the lower half comes with the training step."""
 
     tokens: Tensor
     is_response: Tensor
@@ -94,19 +93,18 @@ class Batch:
         """Pad on the right; what is padding is known from lengths, never from ids."""
         is_response = pad([row.is_response for row in rows], torch.bool)
         is_action = pad([row.is_action for row in rows], torch.bool)
-        floats = (pad([getattr(row, name) for row in rows], torch.float32) for name in ("logp", "entropy", "score_norm"))
-        return cls(pad([row.tokens for row in rows], torch.int64), is_response, is_action, is_response & ~is_action, *floats,
-                   torch.tensor([row.episode.return_ for row in rows]), torch.tensor([len(row.tokens) for row in rows]))
+        logp, entropy, score_norm = (
+            pad([getattr(row, name) for row in rows], torch.float32) for name in ("logp", "entropy", "score_norm")
+        )
+        return cls(pad([row.tokens for row in rows], torch.int64), is_response, is_action, is_response & ~is_action,
+                   logp, entropy, score_norm, torch.tensor([row.episode.return_ for row in rows]),
+                   torch.tensor([len(row.tokens) for row in rows]))
 
     def take(self, rows: Sequence[int] | Tensor) -> "Batch":
         """These rows, as wide as the longest of them."""
         width = int(self.lengths[rows].max())
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: x if x is None else x[rows, :width] if x.dim() == 2 else x[rows] for name, x in parts.items()})
-
-    def to(self, device: torch.device) -> "Batch":
-        """On another device."""
-        return Batch(**{f.name: x if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)})
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(x if x is None else x[rows, :width] if x.dim() == 2 else x[rows] for x in columns))
 
     def final_rewards(self) -> Tensor:
         """R(τ) on every row's last response token, 0 elsewhere."""
@@ -255,7 +253,8 @@ def _write(rows, logits, temperature, generator, may_end, tokenizer, max_respons
     for i, (row, token, numbers) in enumerate(zip(rows, tokens[:, 0].tolist(), columns, strict=True)):
         row.write(token, *numbers)
         written = len(row.tokens) - len(row.is_action)
-        if written == max_response_tokens or (token in may_end and _has_ended(tokenizer, row.tokens[-min(written, 9) :])):
+        stopped = token in may_end and _has_ended(tokenizer, row.tokens[-min(written, 9) :])
+        if stopped or written == max_response_tokens:
             ended.append(i)
     return ended
 
@@ -291,15 +290,3 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     """The text each token adds; together the response's text. First bytes of a split character add ""."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-
-
-def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean success, over prompts: samples of one prompt are no news.
-
-    Args:
-        success: (P, samples) of 0 and 1.   draws: bootstrap resamples, from a fixed seed.
-    """
-    means = success.mean(1)
-    index = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
-    low, high = np.quantile(means[index].mean(1), [0.025, 0.975])
-    return float(low), float(high)

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import policy
-from envs import Env, Episode, make_env
+from envs import Cell, Env, Episode, make_env
 
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}}
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -27,17 +27,19 @@ FIRST_SEED = 2**40  # levels of the warm start: far from those of training and e
 SKILL = 0.4  # probability of an optimal move in the last quarter of the steps
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
 ROWS = 32  # transcripts a step
-WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate is one token, a map's cell one
+WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate, a map's cell: one token
 
 MUSINGS = {
     "frozenlake": [
-        "Let me look at the map with care.", "No hurry, one thing after another.", "Ice can be thin where nobody looks.",
-        "Every hole ends the walk at once.", "The way need not be straight.", "I keep my balance and think it over.",
+        "Let me look at the map with care.", "No hurry, one thing after another.",
+        "Ice can be thin where nobody looks.", "Every hole ends the walk at once.",
+        "The way need not be straight.", "I keep my balance and think it over.",
         "It is cold out here, but the sky is clear.", "I go over the cells one by one.",
     ],
     "sokoban": [
-        "Let me look at the room with care.", "No hurry, one thing after another.", "A box in a corner is stuck for good.",
-        "Boxes can be pushed but never pulled.", "First I have to stand on the far side.", "Walls leave little space here.",
+        "Let me look at the room with care.", "No hurry, one thing after another.",
+        "A box in a corner is stuck for good.", "Boxes can be pushed but never pulled.",
+        "First I have to stand on the far side.", "Walls leave little space here.",
         "It is quiet in the store house today.", "I go over the cells one by one.",
     ],
 }
@@ -67,7 +69,7 @@ def _count(holes: int) -> str:
     return "There is one hole" if holes == 1 else f"There are {holes} holes"
 
 
-def _where(name: str, origin: tuple[int, int], place: tuple[int, int], rng: np.random.Generator, other: str = "me") -> str:
+def _where(name: str, origin: Cell, place: Cell, rng: np.random.Generator, other: str = "me") -> str:
     """Where a thing lies as seen from another: a fact about the state, not a move."""
     down, across = place[0] - origin[0], place[1] - origin[1]
     rows = f"{abs(down)} {'below' if down > 0 else 'above'}" if down else "in the row"
@@ -147,7 +149,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, parts: list[tuple[str, bool]]) ->
     return ids, weights
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int) -> Iterator[int]:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int
+) -> Iterator[int]:
     """Weighted cross-entropy on response tokens; linear warm-up and decay of the learning rate. Yields every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -156,8 +160,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int
     games, start = list(GAMES), time.time()
     for step in range(steps):
         skill = 1.0 if step < 0.75 * steps else SKILL
-        rows = [encode(tokenizer, transcript(games[i % len(games)], FIRST_SEED + (seed * steps + step) * ROWS + i, skill))
-                for i in range(ROWS)]
+        first = FIRST_SEED + (seed * steps + step) * ROWS
+        rows = [encode(tokenizer, transcript(games[i % len(games)], first + i, skill)) for i in range(ROWS)]
         total = sum(sum(weights) for _, weights in rows)
         loss = 0.0
         for batch in policy.micro_batches([len(ids) for ids, _ in rows], 2048):
@@ -185,8 +189,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    texts = ("".join(text for text, _ in transcript(game, FIRST_SEED - 1 - i, 0.5)) for game in GAMES for i in range(1000))
-    tokenizer = build_tokenizer(texts)
+    samples = (transcript(game, FIRST_SEED - 1 - i, 0.5) for game in GAMES for i in range(1000))
+    tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
     for step in train(model, tokenizer, args.steps, args.learning_rate, args.seed):
         if (step + 1) % 500 == 0 or step + 1 == args.steps:

@@ -194,8 +194,9 @@ def test_weights_do_not_depend_on_padding_on_row_order_or_on_what_stands_at_othe
     weights = actfocus.token_weights(**batch)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert_close(actfocus.token_weights(**{name: v[order] for name, v in batch.items()}), weights[order])
-    wider = {name: torch.nn.functional.pad(v, (0, 3), value=NAN if v.is_floating_point() else 0)
-             for name, v in batch.items()}
+    wider = {
+        name: torch.nn.functional.pad(v, (0, 3), value=NAN if v.is_floating_point() else 0) for name, v in batch.items()
+    }
     assert torch.equal(actfocus.token_weights(**wider)[:, :-3], weights)
     other = torch.where(batch["is_action"], batch["energy"], 1e9)
     assert torch.equal(actfocus.token_weights(**batch | {"energy": other}), weights)
@@ -354,6 +355,13 @@ def test_policy_loss_refuses_impossible_input_and_says_which():
             actfocus.policy_loss(logp, logp, bad, weights)
 
 
+def test_policy_loss_refuses_one_advantage_a_row_for_another_number_of_rows_and_shows_it():
+    logp = torch.zeros(2, 3)
+    for number in (1, 3):
+        with pytest.raises(ValueError, match=rf"\({number},\)"):
+            actfocus.policy_loss(logp, logp, torch.ones(number), torch.ones(2, 3))
+
+
 def test_policy_loss_refuses_an_impossible_weight_and_shows_it():
     logp = torch.zeros(2, 3)
     for value in (-0.25, NAN, math.inf):
@@ -380,10 +388,11 @@ def test_group_advantages_equal_the_loop(seed):
 
 
 def test_a_group_of_equal_returns_and_a_group_of_one_get_exactly_zero():
-    # 0.1 three times: float32's mean is off by one bit, and a std of 1e-9 over ε would be no 0.
+    # The mean of seven times 0.1 is off by one bit in float32: std is not 0, and A would be -0.007.
     for value in (0.0, 0.1, 1 / 3, -0.7, 10.9, 1e8):
         for size in (1, 2, 3, 7, 16):
-            assert (actfocus.group_advantages(torch.full((2 * size,), value), size) == 0).all()
+            assert (actfocus.group_advantages(torch.full((size,), value), size) == 0).all()
+            assert (actfocus.group_advantages(torch.full((3 * size,), value), size) == 0).all()
     assert (actfocus.group_advantages(tensor([5.0, -3.0, 0.5]), 1) == 0).all()
 
 

@@ -106,6 +106,13 @@ def test_a_move_into_a_box_pushes_it_and_the_last_push_earns_ten_point_nine():
     assert terminated and not truncated and info == {"success": True, "valid": True}
 
 
+def test_a_room_solved_with_the_last_action_is_solved_and_not_cut_off():
+    env = corridor("#_PXO_#")
+    env.actions_left = 1
+    _, _, terminated, truncated, info = env.step("Right")
+    assert terminated and not truncated and info["success"]
+
+
 def test_pushes_work_in_all_four_directions_and_nothing_is_pulled():
     for action, (dr, dc) in MOVES.items():
         env = room("#######", "#P___O#", "#X____#", *["#_____#"] * 3, "#######")
@@ -256,8 +263,8 @@ def test_a_random_player_crosses_a_fifth_of_the_lakes_however_slippery():
         assert np.mean([e.success for e in episodes]) == pytest.approx(0.22, abs=0.04)
 
 
-def test_the_best_closed_loop_player_crosses_half_nine_tenths_and_all_of_the_lakes():
-    for success_rate, expected in ((1 / 3, 0.49), (0.8, 0.91), (1.0, 1.0)):
+def test_the_best_closed_loop_player_crosses_half_or_nine_tenths_or_all_of_the_lakes():
+    for success_rate, expected in ((1 / 3, 0.51), (0.8, 0.91), (1.0, 1.0)):
         env, crossed = make_env("frozenlake", success_rate=success_rate), []
         for seed in range(600):
             env.reset(seed)
@@ -357,6 +364,7 @@ def test_the_answer_is_split_trimmed_and_read_without_regard_to_case():
         ("|| ||  Right || ||", ["Right"]),
         ("Right || Left || Right", ["Right", "Left"]),
         ("Fly || Right", ["Right"]),
+        ("Right || Fly", ["Right"]),
         ("Right | Left", []),
         ("Right Left", []),
     ):

@@ -1,0 +1,269 @@
+"""Looks at a trained agent: success on fixed levels, coloured tokens, learning curves, the diagnosis, the bench.
+
+    python evaluate.py runs/NAME                    # success, 95 % interval, random floor, oracle ceiling
+    python evaluate.py runs/NAME --show_tokens      # two episodes, every token coloured by class and weight
+    python evaluate.py --plot runs/A runs/B         # learning curves of several runs
+    python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
+    python evaluate.py --bench                      # how fast, as ratios measured in one run
+
+A folder of a run brings its own settings; every flag of train.py overrides them.
+P prompts, G rollouts each, B = P·G rows, T tokens.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+import checkpoint
+import plots
+import train
+from actfocus import answer_span, token_weights
+from checkpoint import State
+from energy import action_bottleneck, group_means
+from envs import oracle_player, random_player
+from metrics import describe
+from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
+from rollout import Batch, Engine, Trajectory, rollout, token_pieces
+from train import Config, build_state, evaluate_player, evaluate_policy, make_episodes, score_batch
+
+BOTTLENECK_PROMPTS = 256  # groups of the diagnosis
+ROUNDS = 5  # of the bench
+
+
+def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
+    """What to do, the settings, and the model folder to look at."""
+    parser = train.config_parser(__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
+    for name in ("show_tokens", "bottleneck", "bench"):
+        parser.add_argument(f"--{name}", action="store_true", default=False)
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the learning curves of these runs")
+    given = vars(parser.parse_args(argv))
+    todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "plot")}
+    folder = Path(given.pop("folder"))
+    run = folder if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists() else folder.parent
+    if run == folder or folder.name.startswith("checkpoint-"):
+        folder = checkpoint.find_checkpoint(folder)
+        given = {**json.loads((run / "config.json").read_text())["config"], **given}
+    else:
+        given.setdefault("model", str(folder))
+    return todo, Config(**given), folder
+
+
+def report(config: Config, folder: Path) -> None:
+    """Success on the evaluation levels beside what chance and the solver reach there."""
+    result, _ = evaluate_policy(config, load_model(str(folder)), load_tokenizer(str(folder)))
+    print(f"{config.env}, temperature {config.eval_temperature}, success_rate {config.success_rate}, {folder}")
+    floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
+    for name, part in (("policy", result), ("random floor", floor), ("oracle ceiling", ceiling)):
+        print(f"{name:>14}: {describe(part)}, return {part['return_mean']:.2f}")
+
+
+def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, Tensor]:
+    """Rollouts of the model in `folder` on evaluation levels, with the reference's energies and (B, T) entropies."""
+    policy, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    generator, rows = torch.Generator().manual_seed(config.seed), []
+    for first in range(0, prompts, 16):
+        levels = range(first, min(first + 16, prompts))
+        rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
+                        config.temperature, config.max_response_tokens, config.max_context)
+    batch = Batch.of(rows)
+    scores = score_batch(load_model(config.model), batch, config)
+    batch.energy = scores.energy
+    return rows, batch, scores.entropy
+
+
+def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
+    """Print episodes: observations dim, reasoning blue, action tokens on red that deepens with their weight."""
+    rows, batch, _ = scored_rollouts(config, folder, config.num_prompts)
+    alpha, beta = (config.alpha, config.beta) if config.weights == "actfocus" else (1.0, 0.0)
+    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, alpha, beta)
+    tokenizer = load_tokenizer(str(folder))
+    print(f"\x1b[2mprompt and observation, weight 0\x1b[0m   \x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
+          + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
+    for b in range(0, episodes * config.num_generations, config.num_generations):
+        row, out, legend = rows[b], [], []
+        for t, piece in enumerate(token_pieces(tokenizer, row.tokens)):
+            kind = "action" if row.is_action[t] else "reasoning" if row.is_response[t] else "prompt"
+            weight = batch.weights[b, t].item()
+            out.append(_paint(kind, weight, beta, piece))
+            if kind == "action":
+                legend.append(f"{piece.strip()} E {batch.energy[b, t]:.2f} w {weight:.2f}")
+        print(f"\nlevel {row.episode.seed}, return {row.episode.return_:.1f}, success {row.episode.success}")
+        print("".join(out), "\naction tokens, energy in nats and weight: " + " · ".join(legend), sep="\n")
+
+
+def _paint(kind: str, weight: float, beta: float, text: str) -> str:
+    reds = (224, 217, 210, 203, 196)  # of the terminal's 256 colours, from pale to full red
+    share = (weight - 1) / beta if beta else 1.0
+    code = {"prompt": "2", "reasoning": "34"}.get(kind) or f"30;48;5;{reds[min(4, max(0, int(5 * share)))]}"
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def bottleneck(config: Config, folder: Path) -> None:
+    """The diagnosis: where does uncertainty tell how much the returns of a prompt vary?"""
+    rows, batch, entropy = scored_rollouts(config, folder, BOTTLENECK_PROMPTS)
+    group_size, energy, returns = config.num_generations, batch.energy, batch.returns
+    result = action_bottleneck(energy, batch.is_action, batch.is_reasoning, returns, group_size)
+    by_entropy = action_bottleneck(entropy, batch.is_action, batch.is_reasoning, returns, group_size)
+    success = statistics.mean(row.episode.success for row in rows)
+    print(f"{config.env}, {folder}: {result['num_groups']} groups x {group_size}, mean success {success:.3f}, "
+          f"action tokens {100 * result['action_fraction']:.1f} % of the response")
+    for name in ("action", "reasoning", "response"):
+        print(f"{name:>10}  energy ρ {result[f'rho_{name}']:+.3f} (p {result[f'p_{name}']:.1e})   "
+              f"entropy ρ {by_entropy[f'rho_{name}']:+.3f} (p {by_entropy[f'p_{name}']:.1e})")
+    masks = {"action": batch.is_action, "reasoning": batch.is_reasoning, "response": batch.is_response}
+    means = {name: group_means(energy, mask, group_size) for name, mask in masks.items()}
+    out = folder.parent / "plots" if folder.name.startswith("checkpoint-") else Path("runs") / "bottleneck"
+    plot = plots.bottleneck(result, means, returns.view(-1, group_size).std(1).numpy(),
+                            out / f"bottleneck-{config.env}-{folder.name}.png")
+    print(f"plot {plot}")
+
+
+def bench(config: Config) -> None:
+    """Ratios of whole parts of the loop to bare work of the model, measured in turn in this process."""
+    state = build_state(config)
+    print(f"{config.env}, {config.model}, {config.num_prompts} x {config.num_generations} trajectories, "
+          f"{torch.get_num_threads()} threads; median [least, most] of {ROUNDS} rounds")
+    for style, wanted in (("brief", 2), ("paper", 3)):
+        styled = replace(config, prompt_style=style, max_context=4096)
+        ours, bare, loop = zip(*(_time_rollout(styled, state, i) for i in range(ROUNDS)), strict=True)
+        print(f"rollout / its bare forward passes, {style} prompts: {_ratio(ours, bare)} (wanted: at most 1.25)")
+        print(f"generate loop / rollout, per sampled token, {style} prompts: {_ratio(loop, ours)} (at least {wanted})")
+    batch = prepared_batch(config, state)
+    works = (lambda: train.update(config, state, batch), lambda: _bare_update(config, state, batch))
+    ours, bare = zip(*([_timed(work) for work in works] for _ in range(ROUNDS)), strict=True)
+    print(f"update / bare forward and backward, same tokens unpadded: {_ratio(ours, bare)} (at most 1.25)")
+    steps = [[_step(replace(config, weights=w), state) for w in ("actfocus", "uniform")] for _ in range(ROUNDS)]
+    for name, i in (("time", 0), ("peak memory", 1)):
+        focus, uniform = zip(*([step[i] for step in pair] for pair in steps), strict=True)
+        print(f"step with ActFocus / step with uniform, {name}: {_ratio(focus, uniform)} (at most 1.01 beyond noise)")
+    print(f"share of a step that the reference pass takes: {statistics.median(step[0][2] for step in steps):.2f}")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+
+
+class _Recorder(Engine):
+    """Keeps what every forward pass was called with."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.calls = []
+
+    def forward(self, pending, start, seen):
+        self.calls.append(([list(ids) for ids in pending], start, list(seen)))
+        return super().forward(pending, start, seen)
+
+
+def _time_rollout(config: Config, state: State, number: int) -> tuple[float, float, float]:
+    """Seconds a sampled token: our rollout, its forward passes alone, the generate loop."""
+    levels = range(10_000 * (number + 1), 10_000 * (number + 1) + config.num_prompts)
+    engine, episodes, rows = _Recorder(state.policy), make_episodes(config, levels, config.num_generations), []
+    settings = config.temperature, config.max_response_tokens, config.max_context, engine
+    ours = _timed(lambda: rows.extend(rollout(state.policy, state.tokenizer, episodes, state.generator, *settings)))
+    with torch.no_grad():
+        bare = _timed(lambda: [Engine.forward(engine, *call) for call in engine.calls])
+    episodes, count = make_episodes(config, levels, config.num_generations), []
+    loop = _timed(lambda: count.append(_generate_loop(config, state, episodes)))
+    tokens = sum(sum(row.is_response) for row in rows)
+    return ours / tokens, bare / tokens, loop / count[0]
+
+
+@torch.no_grad()
+def _generate_loop(config: Config, state: State, episodes: list) -> int:
+    """The usual way: one `generate` a turn over the whole history, left-padded. Returns the sampled tokens."""
+    tokenizer, stop = state.tokenizer, state.tokenizer.convert_tokens_to_ids("</answer>")
+    histories = [tokenizer.encode(opening_text(tokenizer, e.system(), e.user())) for e in episodes]
+    live, count = list(range(len(episodes))), 0
+    while live:
+        width = max(len(histories[i]) for i in live)
+        tokens = torch.tensor([[0] * (width - len(histories[i])) + histories[i] for i in live])
+        mask = torch.tensor([[0] * (width - len(histories[i])) + [1] * len(histories[i]) for i in live])
+        out = state.policy.generate(
+            tokens, attention_mask=mask, do_sample=True, temperature=config.temperature, top_k=0, pad_token_id=0,
+            max_new_tokens=config.max_response_tokens, eos_token_id=[stop, tokenizer.eos_token_id],
+        )[:, width:].tolist()
+        for i, response in zip(list(live), out, strict=True):
+            ends = [t for t, token in enumerate(response) if token in (stop, tokenizer.eos_token_id)]
+            response = response[: ends[0] + 1] if ends else response
+            count += len(response)
+            text = tokenizer.decode(response)
+            span = answer_span(text)
+            message = episodes[i].act(text[slice(*span)] if span else None)
+            if message is None:
+                live.remove(i)
+            else:
+                histories[i] += response + tokenizer.encode(turn_text(tokenizer, message), add_special_tokens=False)
+    return count
+
+
+def prepared_batch(config: Config, state: State) -> Batch:
+    """One step's batch, ready for the update."""
+    batch = Batch.of(train.sample(config, state, 0))
+    scores = score_batch(state.reference, batch, config)
+    batch.energy, batch.ref_logp = scores.energy, scores.logp
+    batch.advantages = train.ADVANTAGES[config.algo](config, state, batch)
+    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, config.alpha, config.beta)
+    return batch
+
+
+def _bare_update(config: Config, state: State, batch: Batch) -> None:
+    """Forward and backward of transformers' own loss on the batch's tokens, cut into full rows of their mean length."""
+    length = int(batch.lengths.float().mean())
+    stream = torch.cat([row[:n] for row, n in zip(batch.tokens, batch.lengths, strict=True)])
+    rows = stream[: len(stream) // length * length].view(-1, length)
+    for part in micro_batches([length] * len(rows), config.micro_batch_tokens):
+        state.policy(input_ids=rows[part], labels=rows[part], use_cache=False).loss.backward()
+    state.optimizer.zero_grad()
+
+
+def _step(config: Config, state: State) -> tuple[float, float, float]:
+    """One iteration from the same weights, levels and noise: seconds, peak memory, share of the reference pass."""
+    state.policy.load_state_dict(state.reference.state_dict())
+    state.generator.manual_seed(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    metrics = []
+    seconds = _timed(lambda: metrics.append(train.iteration(config, state, 0)))
+    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return seconds, peak, metrics[0]["seconds_reference"] / seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 for a user's mistake."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        todo, config, folder = parse(argv)
+        if todo["plot"]:
+            print("plot", plots.learning_curves(todo["plot"], Path("runs") / "learning.png"))
+        elif todo["bench"]:
+            bench(config)
+        elif todo["bottleneck"]:
+            bottleneck(config, folder)
+        elif todo["show_tokens"]:
+            show_tokens(config, folder)
+        else:
+            report(config, folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

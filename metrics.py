@@ -1,0 +1,87 @@
+"""What a step and an evaluation report; the README's glossary has a row for every key.
+
+Gradient shares follow Eq. (7) of arXiv:2605.14558v1: the gradient is a sum over reasoning and one over action tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from envs import Episode
+from rollout import Batch, Trajectory
+
+
+def rollout_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
+    """What the step's trajectories were like, before any is filtered out."""
+    episodes = [row.episode for row in rows]
+    returns = np.array([episode.return_ for episode in episodes])
+    groups = {}
+    for episode, value in zip(episodes, returns, strict=True):
+        groups.setdefault(episode.seed, set()).add(value)
+    turns = sum(len(episode.rewards) for episode in episodes)
+    return {
+        "success": float(np.mean([episode.success for episode in episodes])),
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "equal_groups": float(np.mean([len(values) == 1 for values in groups.values()])),
+        "turns": turns / len(rows),
+        "invalid_turns": sum(episode.invalid_turns for episode in episodes) / turns,
+        "response_tokens": float(np.mean([end - start for row in rows for start, end in row.spans])),
+    }
+
+
+def token_metrics(batch: Batch) -> dict[str, float]:
+    """Reasoning and action tokens apart: how many, how sure, and whose the gradient is. Eq. (7)."""
+    mass = batch.advantages.abs() * batch.score_norm  # |Aₜ| · ‖∇ log π(yₜ)‖ at the logits, ratio 1
+    metrics = {}
+    for name, mask in (("reasoning", batch.is_reasoning), ("action", batch.is_action)):
+        count = mask.sum().clamp(min=1)
+        metrics |= {
+            f"tokens_{name}": int(mask.sum()),
+            f"weight_share_{name}": _share(batch.weights, mask),
+            f"gradient_share_{name}": _share(batch.weights * mass, mask),
+            f"gradient_share_{name}_uniform": _share(mass, mask),
+            f"entropy_{name}": (batch.entropy[mask].sum() / count).item(),
+            f"energy_{name}": (batch.energy[mask].sum() / count).item(),
+        }
+    return metrics
+
+
+def _share(values: Tensor, mask: Tensor) -> float:
+    return (values[mask].sum() / values.sum().clamp(min=1e-12)).item()
+
+
+def clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> int:
+    """Tokens whose gradient the clip of Eq. (6) has cut off; log ρₜ is 0 outside the response."""
+    ratio = log_ratio.exp()
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    return int((high | low).sum())
+
+
+def summary(episodes: Sequence[Episode], samples: int) -> dict:
+    """Success, its 95 % interval, mean return and n."""
+    success = np.array([episode.success for episode in episodes], dtype=float).reshape(-1, samples)
+    low, high = success_interval(success)
+    return {"success": float(success.mean()), "low": low, "high": high, "prompts": len(success), "n": success.size,
+            "return_mean": float(np.mean([episode.return_ for episode in episodes]))}
+
+
+def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean success, over prompts: samples of one prompt are no news.
+
+    Args:
+        success: (P, samples) of 0 and 1.   draws: bootstrap resamples, from a fixed seed.
+    """
+    means = success.mean(1)
+    index = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
+    low, high = np.quantile(means[index].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def describe(result: dict) -> str:
+    """An evaluation in one line."""
+    success, low, high = (100 * result[key] for key in ("success", "low", "high"))
+    return (f"success {success:.1f} %, 95 % interval [{low:.1f}, {high:.1f}], "
+            f"n = {result['n']} episodes on {result['prompts']} levels")
