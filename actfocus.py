@@ -73,7 +73,8 @@ def token_weights(
     """
     _check_same_shape(energy=energy, is_action=is_action, is_reasoning=is_reasoning)
     if not energy.is_floating_point() or is_action.dtype != torch.bool or is_reasoning.dtype != torch.bool:
-        raise ValueError(f"energy must be float and masks bool, got {[x.dtype for x in (energy, is_action, is_reasoning)]}")
+        got = [tensor.dtype for tensor in (energy, is_action, is_reasoning)]
+        raise ValueError(f"energy must be float and both masks bool, got {got}")
     if (is_action & is_reasoning).any():
         raise ValueError(f"{(is_action & is_reasoning).sum()} tokens are both action and reasoning")
     if not 0 <= alpha <= 1 or not beta >= 0:

@@ -49,8 +49,11 @@ def new_run(folder: str, name: str, config: dict) -> Path:
     else:
         stem = Path("runs") / name
         run = next(p for i in range(1, 10_000) if not (p := stem if i == 1 else Path(f"{stem}-{i}")).exists())
-    for part in ("samples", "plots"):
-        (run / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in ("samples", "plots"):
+            (run / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=Path(__file__).parent)
     about = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
@@ -108,6 +111,13 @@ def find_checkpoint(path: Path) -> Path:
     if not found:
         raise ValueError(f"no complete checkpoint in {str(path)!r}: expected a run folder or a checkpoint-N inside one")
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def read_config(run: Path) -> dict:
+    """The settings a run was started with."""
+    if not (run / "config.json").is_file() or "config" not in (about := json.loads((run / "config.json").read_text())):
+        raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
+    return about["config"]
 
 
 def append_line(path: Path, row: dict) -> None:

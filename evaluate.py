@@ -10,6 +10,7 @@ A folder of a run brings its own settings; every flag of train.py overrides them
 P prompts, G rollouts each, B = P·G rows, T tokens.
 """
 
+import csv
 import json
 import statistics
 import sys
@@ -44,14 +45,14 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
     for name in ("show_tokens", "bottleneck", "bench"):
         parser.add_argument(f"--{name}", action="store_true", default=False)
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the learning curves of these runs")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves and table of these runs")
     given = vars(parser.parse_args(argv))
     todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "plot")}
     folder = Path(given.pop("folder"))
     run = folder if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists() else folder.parent
     if run == folder or folder.name.startswith("checkpoint-"):
         folder = checkpoint.find_checkpoint(folder)
-        given = {**json.loads((run / "config.json").read_text())["config"], **given}
+        given = {**checkpoint.read_config(run), **given}
     else:
         given.setdefault("model", str(folder))
     return todo, Config(**given), folder
@@ -64,6 +65,23 @@ def report(config: Config, folder: Path) -> None:
     floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
     for name, part in (("policy", result), ("random floor", floor), ("oracle ceiling", ceiling)):
         print(f"{name:>14}: {describe(part)}, return {part['return_mean']:.2f}")
+
+
+def compare(runs: Sequence[Path], out: Path) -> None:
+    """Learning curves of several runs as a figure and as a table of all their evaluations."""
+    plot = plots.learning_curves(runs, out / "learning.png")
+    settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates")
+    rows = []
+    for run in runs:
+        about = json.loads((run / "config.json").read_text())
+        chosen = {name: about["config"][name] for name in settings}
+        chosen |= {name: about[name] for name in ("commit", "torch", "threads")}
+        rows += [{**chosen, **line} for line in checkpoint.read_lines(run / "eval.jsonl")]
+    with (out / "evaluations.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"plot {plot}\ntable {out / 'evaluations.csv'}")
 
 
 def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, Tensor]:
@@ -250,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         todo, config, folder = parse(argv)
         if todo["plot"]:
-            print("plot", plots.learning_curves(todo["plot"], Path("runs") / "learning.png"))
+            compare(todo["plot"], Path(config.output_dir or "runs"))
         elif todo["bench"]:
             bench(config)
         elif todo["bottleneck"]:

@@ -1,13 +1,12 @@
 """Figures, drawn from run folders and result dictionaries alone."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from checkpoint import read_lines
+from checkpoint import read_config, read_lines
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
@@ -16,28 +15,40 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None) -> Path:
-    """Success against step: evaluations as points with their 95 % intervals, training rollouts as thin lines."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, run in enumerate(runs):
-        if not (run / "config.json").exists():
-            raise ValueError(f"{run} is not a run folder: no config.json")
-        config = json.loads((run / "config.json").read_text())["config"]
-        label, colour = "{env}, {algo}, {weights}, seed {seed}".format(**config), COLOURS[i % len(COLOURS)]
-        metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
-        steps, train = ([row[key] for row in metrics] for key in ("step", "success"))
-        axes.plot(steps, train, color=colour, alpha=0.35, linewidth=1)
-        steps, success, low, high = (
-            np.array([row[key] for row in evaluations]) for key in ("step", "success", "low", "high")
-        )
-        axes.errorbar(steps, success, [success - low, high - success], color=colour, marker="o", capsize=3, label=label)
-    for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
-        if level is not None:
-            axes.axhline(level, color="0.5", linestyle=":", linewidth=1)
-            axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", color="0.4", fontsize=8)
-    axes.set(xlabel="step", ylabel="success", ylim=(0, 1.08))
-    axes.set_title("Evaluation (points, 95 % interval) and training rollouts (thin)", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    """Success against step, a panel for every (env, algo), a colour for every kind of token weights.
+
+    One run: evaluations with 95 % intervals over its training rollouts. Several seeds: their mean over thin lines.
+    """
+    panels: dict[tuple, dict[str, list[Path]]] = {}
+    for run in runs:
+        config = read_config(run)
+        panels.setdefault((config["env"], config["algo"]), {}).setdefault(config["weights"], []).append(run)
+    size = 1.5 + 4.5 * len(panels), 4
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for ax, ((env, algo), by_weights) in zip(axes[0], sorted(panels.items()), strict=True):
+        for weights, members in sorted(by_weights.items()):
+            _curve(ax, members, weights, COLOURS[["actfocus", "uniform"].index(weights)])
+        ax.set(title=f"{env}, {algo}", xlabel="step", ylabel="success", ylim=(0, 1.05))
+        for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
+            if level is not None:
+                ax.axhline(level, color="0.5", linestyle=":", linewidth=1)
+                ax.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        ax.legend(fontsize=8, loc="lower right")
     return _save(figure, path)
+
+
+def _curve(ax, members: Sequence[Path], weights: str, colour: str) -> None:
+    tables = [read_lines(run / "eval.jsonl") for run in members]
+    steps = [row["step"] for row in min(tables, key=len)]
+    success = np.array([[row["success"] for row in table[: len(steps)]] for table in tables])  # (seeds, evaluations)
+    if len(members) == 1:
+        metrics = read_lines(members[0] / "metrics.jsonl")
+        ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.35, lw=1)
+        error = [[abs(row[end] - row["success"]) for row in tables[0]] for end in ("low", "high")]
+        ax.errorbar(steps, success[0], error, color=colour, marker="o", capsize=3, label=f"{weights} (training: thin)")
+    else:
+        ax.plot(steps, success.T, color=colour, alpha=0.3, lw=1)
+        ax.plot(steps, success.mean(0), color=colour, marker="o", label=f"{weights}, mean of {len(members)} seeds")
 
 
 def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarray, path: Path) -> Path:

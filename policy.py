@@ -8,6 +8,7 @@ B rows, T tokens, N response tokens of the batch, V vocabulary, d width.
 Rows are padded on the right, so causal attention needs no padding mask and positions are 0, 1, 2, …
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def _load(cls: type, name: str, **options):
     """`from_pretrained`, with one clear line where folder, name or network is missing."""
     if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/")) or name.count("/") > 1):
         raise ValueError(f"cannot load model {name!r}: there is no such folder")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one clear line
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -118,42 +118,58 @@ class SlotCache(Cache):
     def __init__(self):
         super().__init__(layers=[])
         self.store: list[list[Tensor]] = []  # per layer [keys, values], (slots, heads, capacity, head width)
-        self.start, self.positions = 0, None  # the slots and positions of the forward pass in progress
+        self.width = self.clean = 0  # positions in use by the pass in progress; positions zeroed so far
 
     def aim(self, start: int, positions: Tensor) -> Tensor:
         """Point the next forward pass at slots start, start + 1, … and give its attention mask, (R, 1, C, width)."""
         self.start, self.positions, self.width = start, positions, int(positions.max()) + 1
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        while self.store and self.clean < self.width:
+            self._extend(64)
         return torch.arange(self.width, device=positions.device) <= positions[:, None, :, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write (R, heads, C, head width) at the aimed slots; give everything up to the widest position."""
-        if layer == len(self.store):
-            self.store.append([keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) for _ in range(2)])
-        views = []
-        for i, new in enumerate((keys, values)):
-            room = self.width - self.store[layer][i].shape[2]
-            if room > 0:
-                self.store[layer][i] = functional.pad(self.store[layer][i], (0, 0, 0, max(room, 256)))
-            view = self.store[layer][i][self.start : self.start + len(new)]
+        if layer == len(self.store):  # the first pass, over the prompts
+            self.store.append([keys.clone(), values.clone()])
+            self.clean = self.width
+            return keys, values
+        views = [tensor[self.start : self.start + len(keys)] for tensor in self.store[layer]]
+        for view, new in zip(views, (keys, values), strict=True):
             view[self.rows, :, self.positions] = new.transpose(1, 2)
-            views.append(view[:, :, : self.width])
-        return views[0], views[1]
+        return views[0][:, :, : self.width], views[1][:, :, : self.width]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Required by transformers; positions are always passed explicitly."""
         return 0
 
-    def select(self, index: Tensor) -> None:
-        """Slot i becomes a copy of slot index[i]."""
-        self.store = [[tensor[index] for tensor in pair] for pair in self.store]
+    def expand(self, index: Tensor, capacity: int) -> None:
+        """Slot i becomes a copy of slot index[i], with room for `capacity` positions (touched only when used)."""
+        for pair in self.store:
+            for i, tensor in enumerate(pair):
+                pair[i] = tensor.new_empty(len(index), tensor.shape[1], max(capacity, self.clean), tensor.shape[3])
+                pair[i][:, :, : self.clean] = tensor[index]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Overwrite a slot with the first `length` positions of another."""
+        for tensor in (tensor for pair in self.store for tensor in pair):
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange two slots up to `length`."""
-        for tensor in (tensor for pair in self.store for tensor in pair) if one != other else ():
+        """Exchange the first `length` positions of two slots."""
+        for tensor in (tensor for pair in self.store for tensor in pair):
             kept = tensor[one, :, :length].clone()
             tensor[one, :, :length] = tensor[other, :, :length]
             tensor[other, :, :length] = kept
+
+    def _extend(self, more: int) -> None:
+        """Zero the next positions: what is masked still must not be NaN."""
+        for pair in self.store:
+            for i, tensor in enumerate(pair):
+                if tensor.shape[2] < self.clean + more:
+                    pair[i] = functional.pad(tensor, (0, 0, 0, more))
+                pair[i][:, :, self.clean : self.clean + more] = 0
+        self.clean += more
 
 
 class Engine:
@@ -193,8 +209,8 @@ def rollout(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     engine = engine or Engine(model)
-    rows, logits = _read_prompts(engine, tokenizer, episodes, max_context - max_response_tokens)
-    order, pending = list(rows), {}  # slot → trajectory; waiting trajectory's id → tokens it has still to read
+    rows, logits = _read_prompts(engine, tokenizer, episodes, max_context - max_response_tokens, max_context)
+    order, pending = list(rows), {}  # slot → trajectory; id of a waiting trajectory → tokens it has still to read
     may_end = _may_end(tokenizer)
     writing = live = len(order)
     while live:
@@ -206,13 +222,14 @@ def rollout(
         ended = _write(order[:writing], logits, temperature, generator, may_end, tokenizer, max_response_tokens)
         for slot in reversed(ended):
             row, writing = order[slot], writing - 1
-            _swap(engine, order, slot, writing)
             message = row.episode.act(_answer(row.close(tokenizer)))
             ids = [] if message is None else _turn_ids(tokenizer, message, row.tokens[-1])
             if message is None or len(row.tokens) + len(ids) + max_response_tokens > max_context:
                 live -= 1
-                _swap(engine, order, writing, live)
+                _move(engine, order, writing, slot)  # the last writer fills the gap, the last reader the writer's place
+                _move(engine, order, live, writing)
             else:
+                _swap(engine, order, slot, writing)
                 pending[id(row)] = [row.tokens[-1], *ids]  # the last sampled token has not been read yet either
                 row.read(ids)
         if writing:
@@ -224,7 +241,7 @@ def rollout(
 
 
 def _read_prompts(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], room: int
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], room: int, capacity: int
 ) -> tuple[list[Trajectory], Tensor]:
     """Every different prompt once, then a copy of its cache for each of its rollouts."""
     texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
@@ -235,7 +252,7 @@ def _read_prompts(
     logits = engine.forward(list(prompts.values()), 0, [0] * len(prompts))
     number = {text: i for i, text in enumerate(prompts)}
     index = torch.tensor([number[text] for text in texts], device=logits.device)
-    engine.cache.select(index)
+    engine.cache.expand(index, capacity)
     return [Trajectory.start(*pair) for pair in zip(episodes, map(prompts.get, texts), strict=True)], logits[index]
 
 
@@ -280,10 +297,16 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int) -> li
     return ids[1:] if last == tokenizer.eos_token_id and ids[0] == last else ids
 
 
+def _move(engine: Engine, order: list[Trajectory], source: int, target: int) -> None:
+    if source != target:
+        engine.cache.copy(source, target, len(order[source].tokens))
+        order[target] = order[source]
+
+
 def _swap(engine: Engine, order: list[Trajectory], one: int, other: int) -> None:
-    length = max(len(order[one].tokens), len(order[other].tokens))
-    engine.cache.swap(one, other, length)
-    order[one], order[other] = order[other], order[one]
+    if one != other:
+        engine.cache.swap(one, other, max(len(order[one].tokens), len(order[other].tokens)))
+        order[one], order[other] = order[other], order[one]
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

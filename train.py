@@ -13,7 +13,6 @@ Differs from the paper: defaults marked "ours" fit two cores; a step whose gradi
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -34,7 +33,7 @@ from baselines import KINDS, filter_groups, kl_estimate
 from checkpoint import State
 from envs import ENVS, Env, Episode, make_env, oracle_player, play, random_player
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
-from policy import TINY, TokenScores, load_critic, load_model, load_tokenizer, micro_batches, score_tokens
+from policy import TINY, TokenScores, load_critic, load_model, load_tokenizer, micro_batches, opening_text, score_tokens
 from rollout import Batch, Trajectory, rollout
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
@@ -59,7 +58,7 @@ class Config:
     model: str = str(TINY)  # folder or hub name of policy, reference and critic; paper: Qwen2.5-Instruct
     env: str = one_of(*ENVS, default="frozenlake")  # the task
     algo: str = one_of("grpo", "ppo", default="grpo")  # the advantage: grpo or ppo
-    weights: str = one_of("actfocus", "uniform", default="actfocus")  # the token weights: actfocus, or uniform (α = 1, β = 0)
+    weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, INF, 0.5)  # β, reach of the energy on action tokens, §5.1
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
@@ -307,14 +306,25 @@ def build_state(config: Config) -> State:
     policy, reference = load_model(config.model), load_model(config.model).requires_grad_(False)
     critic = load_critic(config.model) if config.algo == "ppo" else None
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate) if critic else None
-    return State(policy, reference, load_tokenizer(config.model),
-                 torch.optim.Adam(policy.parameters(), config.learning_rate),
+    tokenizer, first = load_tokenizer(config.model), make_episodes(config, [0], 1)[0]
+    prompt = len(tokenizer.encode(opening_text(tokenizer, first.system(), first.user())))
+    if prompt + config.max_response_tokens > config.max_context:
+        raise ValueError(f"--max_context {config.max_context}: a prompt of {prompt} and a response of "
+                         f"{config.max_response_tokens} tokens (--max_response_tokens) do not fit")
+    return State(policy, reference, tokenizer, torch.optim.Adam(policy.parameters(), config.learning_rate),
                  torch.Generator().manual_seed(config.seed), critic, critic_optimizer)
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like all others."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; --help lists all flags")
+
+
+def config_parser(description: str) -> Parser:
     """A flag per field of `Config`; only flags that were given reach the namespace."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, help=f"default {f.default!r}")
     return parser
@@ -329,7 +339,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     preset, path = given.pop("preset", "laptop"), given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = json.loads((path.parent / "config.json").read_text())["config"]
+        saved = checkpoint.read_config(path.parent)
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
                 raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")

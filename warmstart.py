@@ -24,7 +24,7 @@ from envs import Cell, Env, Episode, make_env
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}}
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FIRST_SEED = 2**40  # levels of the warm start: far from those of training and evaluation
-SKILL = 0.4  # probability of an optimal move in the last quarter of the steps
+SKILL = 0.15  # probability of an optimal move in the last quarter of the steps
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
 ROWS = 32  # transcripts a step
 WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate, a map's cell: one token
@@ -184,7 +184,7 @@ def main() -> None:
     """Build tokenizer and model, train, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,502 @@
+"""train.py and checkpoint.py: limits, micro-batches, resuming bit for bit, crashes, NaN, and a user's mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SMOKE, flags, lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import train
+from actfocus import policy_loss, token_weights
+from checkpoint import find_checkpoint
+from rollout import Batch
+
+pytest_plugins = ["tiny"]
+
+
+def config(tiny, **options):
+    return train.Config(**(SMOKE | {"model": str(tiny)} | options))
+
+
+def run(tiny, folder, **options):
+    """Train from the command line's door; the run folder."""
+    assert train.main(flags(model=tiny, output_dir=folder, **options)) == 0
+    return folder
+
+
+def resume(folder, *more):
+    return train.main(["--resume_from_checkpoint", str(folder), *more])
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, other):
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_run(one, other):
+    """Every number and every weight equal, to the last bit."""
+    assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
+    assert lines(one / "eval.jsonl") == lines(other / "eval.jsonl")
+    assert find_checkpoint(one).name == find_checkpoint(other).name
+    assert same_weights(find_checkpoint(one), find_checkpoint(other))
+    ours, theirs = (torch.load(find_checkpoint(path) / checkpoint.STATE, weights_only=True) for path in (one, other))
+    assert ours.keys() == theirs.keys() and ours["generator"].equal(theirs["generator"])
+    for name in set(ours) & {"critic"}:
+        assert all(torch.equal(ours[name][key], theirs[name][key]) for key in ours[name])
+
+
+@pytest.fixture(scope="module", params=["grpo", "ppo"])
+def finished(request, tiny, tmp_path_factory):
+    """A run of four steps that nothing interrupted, for each algorithm."""
+    return run(tiny, tmp_path_factory.mktemp(request.param) / "run", algo=request.param, mini_batch_size=4)
+
+
+def test_a_run_leaves_its_numbers_its_samples_and_its_plot(finished, capsys):
+    config_file = json.loads((finished / "config.json").read_text())
+    assert config_file["config"]["num_generations"] == 4 and config_file["torch"] == torch.__version__
+    assert [row["step"] for row in lines(finished / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in lines(finished / "eval.jsonl")] == [0, 2, 4]
+    assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
+    assert "<think>" in (finished / "samples" / "step-4.txt").read_text()
+    assert (finished / "plots" / "learning.png").read_bytes().startswith(b"\x89PNG")
+    assert all(row["logp_gap_max"] < 1e-4 for row in lines(finished / "metrics.jsonl"))
+
+
+def test_training_moves_the_policy_and_leaves_the_reference(finished, tiny):
+    assert same_weights(finished / "checkpoint-0", tiny)
+    assert not same_weights(finished / "checkpoint-2", tiny)
+    first, *_, last = lines(finished / "metrics.jsonl")
+    assert abs(first["kl_ref"]) < 1e-6 < last["kl_ref"]
+
+
+def test_a_checkpoint_is_an_ordinary_model_folder_and_its_state_plain_tensors(finished, tiny):
+    folder = finished / "checkpoint-4"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.hidden_size == 32 and len(tokenizer.encode("<answer>√")) == 4
+    state = torch.load(folder / checkpoint.STATE, weights_only=True)
+    assert state["step"] == 4 and state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+def until_step_2(finished, folder):
+    """The run as a kill after step 4's evaluation leaves it: lines to step 4, the last checkpoint at step 2."""
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / ".checkpoint-4.tmp").mkdir()
+    (folder / ".checkpoint-4.tmp" / "model.safetensors").write_bytes(b"half")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "succ')  # the kill came in the middle of a line
+    return folder
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
+    folder = until_step_2(finished, tmp_path / "resumed")
+    assert resume(folder) == 0
+    assert_same_run(folder, finished)
+
+
+def test_with_another_generator_state_the_resumed_run_differs(finished, tmp_path):
+    folder = until_step_2(finished, tmp_path / "resumed")
+    state = torch.load(folder / "checkpoint-2" / checkpoint.STATE, weights_only=True)
+    state["generator"] = torch.Generator().manual_seed(99).get_state()
+    torch.save(state, folder / "checkpoint-2" / checkpoint.STATE)
+    assert resume(folder) == 0
+    assert lines(folder / "metrics.jsonl")[:2] == lines(finished / "metrics.jsonl")[:2]
+    assert lines(folder / "metrics.jsonl") != lines(finished / "metrics.jsonl")
+
+
+def test_resuming_in_an_earlier_checkpoint_repeats_the_later_steps(finished, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    assert resume(folder / "checkpoint-2") == 0
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.xfail(strict=True, reason="the later checkpoints of the first run win, the lines between are lost")
+def test_a_kill_after_resuming_in_an_earlier_checkpoint_loses_no_line(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "iteration", kill)
+        resume(folder / "checkpoint-2")
+    assert resume(folder) == 0
+    assert_same_run(folder, finished)
+
+
+def test_a_finished_run_can_be_extended(finished, tmp_path):
+    folder = tmp_path / "longer"
+    shutil.copytree(finished, folder)
+    assert resume(folder, "--max_steps", "5") == 0
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert find_checkpoint(folder).name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+def test_a_run_killed_at_a_random_moment_and_resumed_equals_the_uninterrupted_one(finished, tiny, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(Path(train.__file__)), *flags(model=tiny, output_dir=folder, mini_batch_size=4)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not (folder / "checkpoint-0").exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.02)
+    delay = random.SystemRandom().uniform(0, 3)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    print(f"killed {delay:.3f} s after the first checkpoint, at {find_checkpoint(folder).name}")
+    assert resume(folder) == 0
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.xfail(strict=True, reason="before checkpoint-0 there is nothing to resume and the folder is in the way")
+def test_a_run_killed_in_its_first_evaluation_can_be_continued(tiny, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate_step", kill)
+        run(tiny, tmp_path / "run", max_steps=1)
+    started_again = train.main(flags(model=tiny, output_dir=tmp_path / "run", max_steps=1))
+    assert started_again == 0 or resume(tmp_path / "run") == 0
+
+
+def test_uniform_weights_are_alpha_1_and_beta_0_bit_for_bit(tiny, tmp_path):
+    uniform = run(tiny, tmp_path / "uniform", weights="uniform", max_steps=2, mini_batch_size=4)
+    limit = run(tiny, tmp_path / "limit", alpha=1, beta=0, max_steps=2, mini_batch_size=4)
+    focus = run(tiny, tmp_path / "focus", max_steps=2, mini_batch_size=4)
+    assert_same_run(uniform, limit)
+    assert not same_weights(uniform / "checkpoint-2", focus / "checkpoint-2")
+    first = [lines(folder / "metrics.jsonl")[0] for folder in (uniform, focus)]
+    assert first[0]["success"] == first[1]["success"]  # nothing else differs: the first rollouts are the same
+    assert first[0]["gradient_share_action"] == first[0]["gradient_share_action_uniform"]
+    assert first[1]["gradient_share_action"] > first[1]["gradient_share_action_uniform"]
+
+
+def prepared(settings):
+    """State and a batch ready for the update, with advantages and weights no two tokens share."""
+    state = train.build_state(settings)
+    batch = Batch.of(train.sample(settings, state, 0))
+    reference = train.score_batch(state.reference, batch, settings)
+    batch.energy, batch.ref_logp = reference.energy, reference.logp - 0.3
+    batch.advantages = train.ADVANTAGES[settings.algo](settings, state, batch)
+    batch.advantages = torch.where(batch.is_response, batch.advantages + torch.randn(batch.tokens.shape), 0.0)
+    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning)
+    return state, batch
+
+
+def gradients(monkeypatch, settings, state, batch):
+    """What the update hands to the optimiser in its first step."""
+    kept = []
+
+    def keep(_, state):
+        models = [state.policy] + ([state.critic] if state.critic else [])
+        kept.append([parameter.grad.clone() for model in models for parameter in model.parameters()])
+        for model in models:
+            model.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(train, "optimizer_step", keep)
+    state.generator.manual_seed(5)
+    metrics = train.update(settings, state, batch)
+    return kept[0], metrics
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_the_size_of_micro_batches_does_not_change_the_update(tiny, monkeypatch, algo):
+    settings = config(tiny, algo=algo, entropy_coef=0.05, kl_coef=0.2, kl_kind="k2", max_response_tokens=60)
+    state, batch = prepared(settings)
+    (whole, metrics), (pieces, same) = (
+        gradients(monkeypatch, replace(settings, micro_batch_tokens=tokens), state, batch) for tokens in (100_000, 300)
+    )
+    assert max(grad.abs().max() for grad in whole) > 1e-2
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert metrics == pytest.approx(same, abs=1e-5)
+
+
+def test_the_update_is_equation_6_with_the_kl_and_entropy_terms_unweighted(tiny, monkeypatch):
+    settings = config(tiny, entropy_coef=0.05, kl_coef=0.2, kl_kind="k3")
+    state, batch = prepared(settings)
+    ours, _ = gradients(monkeypatch, settings, state, batch)
+    scores = train.score_tokens(state.policy, batch.tokens, batch.is_response)
+    mask = batch.is_response
+    log_ratio = (batch.ref_logp - scores.logp)[mask]
+    loss = policy_loss(scores.logp, batch.old_logp, batch.advantages, batch.weights)
+    loss = loss + 0.2 * (log_ratio.exp() - 1 - log_ratio).mean() - 0.05 * scores.entropy[mask].mean()
+    expected = torch.autograd.grad(loss, list(state.policy.parameters()))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_the_energy_is_the_frozen_references_and_not_the_policys(tiny, monkeypatch):
+    settings, seen = config(tiny), []
+    state = train.build_state(settings)
+    monkeypatch.setattr(train, "token_weights", lambda energy, *rest: seen.append(energy) or token_weights(energy, *rest))
+    first = [parameter.clone() for parameter in state.reference.parameters()]
+    with torch.no_grad():
+        state.policy.model.norm.weight.mul_(2.0)
+    train.iteration(settings, state, 0)
+    batch = []
+    monkeypatch.setattr(train, "update", lambda settings, state, made: batch.append(made) or {})
+    train.iteration(settings, state, 1)
+    expected = train.score_batch(state.reference, batch[0], settings).energy
+    assert seen[1].equal(expected) and not seen[1].equal(train.score_batch(state.policy, batch[0], settings).energy)
+    assert all(torch.equal(one, two) for one, two in zip(first, state.reference.parameters(), strict=True))
+
+
+def test_the_filter_trains_the_kept_groups_only(tiny, monkeypatch):
+    settings, batches = config(tiny, filter_fraction=0.5, mini_batch_size=4), []
+    state = train.build_state(settings)
+    returns = iter([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+
+    def rows_with_returns(*arguments):
+        rows = sample(*arguments)
+        for row in rows:
+            row.episode.rewards = [next(returns)]
+        return rows
+
+    sample = train.sample
+    monkeypatch.setattr(train, "sample", rows_with_returns)
+    monkeypatch.setattr(train, "update", lambda settings, state, batch: batches.append(batch) or {})
+    metrics = train.iteration(settings, state, 0)
+    assert batches[0].returns.tolist() == [0, 1, 0, 1] and metrics["return_mean"] == 0.75
+
+
+def test_levels_of_training_are_no_others(tiny):
+    settings = config(tiny, num_prompts=4)
+    asked = []
+
+    class Seen(Exception):
+        pass
+
+    def note(config, seeds, samples):
+        asked.append(list(seeds))
+        raise Seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_episodes", note)
+        for seed in (0, 1, 9_999):
+            for step in (0, 1, 199):
+                with pytest.raises(Seen):
+                    train.sample(replace(settings, seed=seed), None, step)
+    levels = [level for seeds in asked for level in seeds]
+    assert len(set(levels)) == len(levels) == 36 and min(levels) == train.FIRST_TRAIN_SEED
+
+
+def crash(*_, **__):
+    raise OSError("no space left on device")
+
+
+BREAKABLE = {
+    "model": lambda state: (state.policy, "save_pretrained"),
+    "tokenizer": lambda state: (state.tokenizer, "save_pretrained"),
+    "state": lambda state: (checkpoint.torch, "save"),
+    "flush": lambda state: (checkpoint.os, "fsync"),
+    "rename": lambda state: (checkpoint.os, "replace"),
+}
+
+
+@pytest.mark.parametrize("part", BREAKABLE)
+def test_a_crash_in_the_middle_of_a_checkpoint_leaves_the_last_one_loadable(tiny, tmp_path, monkeypatch, part):
+    settings = config(tiny)
+    state = train.build_state(settings)
+    checkpoint.save(state, tmp_path)
+    before = weights(find_checkpoint(tmp_path))
+    with torch.no_grad():
+        state.policy.model.norm.weight.add_(1.0)
+    state.step = 1
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(*BREAKABLE[part](state), crash)
+        checkpoint.save(state, tmp_path)
+    assert find_checkpoint(tmp_path).name == "checkpoint-0"
+    fresh = train.build_state(settings)
+    checkpoint.restore(fresh, find_checkpoint(tmp_path))
+    assert fresh.step == 0 and all(torch.equal(before[name], p) for name, p in fresh.policy.state_dict().items())
+    checkpoint.save(state, tmp_path)  # what the crash left is not in the way
+    assert find_checkpoint(tmp_path).name == "checkpoint-1" and not list(tmp_path.glob(".*"))
+
+
+def nan_losses(monkeypatch, which):
+    """The policy loss is NaN in these calls, from 1."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append(1)
+        return policy_loss(*arguments) * (float("nan") if len(calls) in which else 1)
+
+    monkeypatch.setattr(train, "policy_loss", loss)
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_a_nan_is_skipped_and_counted_and_moves_no_weight(tiny, tmp_path, monkeypatch, algo):
+    nan_losses(monkeypatch, {2})
+    folder = run(tiny, tmp_path / "run", algo=algo, max_steps=3, save_steps=1, micro_batch_tokens=10**6)
+    assert [row["skipped_steps"] for row in lines(folder / "metrics.jsonl")] == [0, 1, 0]
+    assert not same_weights(folder / "checkpoint-0", folder / "checkpoint-1")
+    assert same_weights(folder / "checkpoint-1", folder / "checkpoint-2")
+    assert not same_weights(folder / "checkpoint-2", folder / "checkpoint-3")
+    critics = [torch.load(folder / f"checkpoint-{n}" / checkpoint.STATE, weights_only=True).get("critic") for n in (1, 2)]
+    assert algo == "grpo" or all(torch.equal(critics[0][name], critics[1][name]) for name in critics[0])
+
+
+def test_one_nan_micro_batch_skips_the_whole_step(tiny, tmp_path, monkeypatch):
+    nan_losses(monkeypatch, {2})
+    folder = run(tiny, tmp_path / "run", max_steps=1, micro_batch_tokens=600)
+    assert lines(folder / "metrics.jsonl")[0]["skipped_steps"] == 1
+    assert same_weights(folder / "checkpoint-0", folder / "checkpoint-1")
+
+
+def test_five_nans_in_a_row_end_the_run_with_the_reason_and_no_nan_is_saved(tiny, tmp_path, monkeypatch, capsys):
+    nan_losses(monkeypatch, range(4, 100))
+    options = {"mini_batch_size": 4, "micro_batch_tokens": 10**6, "save_steps": 1}  # two optimiser steps an iteration
+    assert train.main(flags(model=tiny, output_dir=tmp_path / "run", **options)) == 1
+    error = capsys.readouterr().err
+    assert "the gradient was not finite 5 times in a row (step 4)" in error and "checkpoint-3" in error
+    assert [row["skipped_steps"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-3"
+
+
+def test_the_count_of_nans_in_a_row_starts_again_after_a_good_step_and_survives_a_resume(tiny, tmp_path, monkeypatch):
+    options = {"mini_batch_size": 2, "micro_batch_tokens": 10**6, "save_steps": 1}  # four optimiser steps an iteration
+    with monkeypatch.context() as patch:
+        nan_losses(patch, {1, 2, 3, 4, 6, 7, 8})
+        folder = run(tiny, tmp_path / "run", max_steps=2, **options)
+    assert [row["skipped_steps"] for row in lines(folder / "metrics.jsonl")] == [4, 3]
+    with monkeypatch.context() as patch:
+        nan_losses(patch, {1, 2})  # three before the resume and these two make five
+        assert resume(folder, "--max_steps", "3") == 1
+
+
+def test_weights_that_are_nan_are_not_saved(tiny, tmp_path):
+    state = train.build_state(config(tiny))
+    checkpoint.save(state, tmp_path)
+    state.policy.model.norm.weight.data[3] = float("nan")
+    state.step = 1
+    with pytest.raises(FloatingPointError, match="refusing"):
+        checkpoint.save(state, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0"]
+
+
+def mistake(arguments, capsys):
+    """Exit code and lines on stderr."""
+    code = train.main(arguments)
+    return code, capsys.readouterr().err.splitlines()
+
+
+def bug(*values, reason):
+    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize("wrong, part", [
+    ({"env": "chess"}, "--env chess: choose from sokoban, frozenlake"),
+    ({"algo": "reinforce"}, "--algo reinforce: choose from grpo, ppo"),
+    ({"weights": "focus"}, "--weights focus: choose from actfocus, uniform"),
+    ({"num_generations": 1, "mini_batch_size": 2}, "--num_generations 1"),
+    ({"mini_batch_size": 3}, "--mini_batch_size 3: must divide the 8 trajectories"),
+    ({"filter_fraction": 0.5}, "--mini_batch_size 8: must divide the 4 trajectories"),
+    ({"alpha": -1}, "--alpha -1.0: must lie in [0, 1]"),
+    ({"alpha": "nan"}, "--alpha nan: must lie in [0, 1]"),
+    ({"beta": -0.5}, "--beta -0.5"),
+    ({"temperature": 0}, "--temperature 0.0"),
+    ({"learning_rate": 0}, "--learning_rate 0.0"),
+    ({"micro_batch_tokens": 0}, "--micro_batch_tokens 0"),
+    ({"seed": -1}, "--seed -1"),
+    ({"kl_kind": "k4"}, "--kl_kind k4"),
+    ({"model": "models/nope"}, "cannot load model 'models/nope'"),
+    ({"model": "/nowhere/nope"}, "cannot load model '/nowhere/nope'"),
+    bug({"beta": "inf"}, "--beta inf", reason="infinite weights end in a traceback in the first update"),
+    bug({"max_context": 60}, "max_context", reason="a prompt without room for a response ends in a traceback"),
+    bug({"max_response_tokens": 600}, "max_context", reason="the same, from the other side"),
+])
+def test_an_impossible_setting_is_one_line_and_code_2_and_leaves_no_folder(
+    tiny, tmp_path, monkeypatch, capsys, wrong, part
+):
+    monkeypatch.chdir(tmp_path)
+    code, error = mistake(flags(**{"model": tiny, **wrong}), capsys)
+    assert code == 2 and len(error) == 1 and part in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--learning_speed", "1"], ["--temp", "0.5"], ["--alpha", "high"], ["--max_steps", "1e3"], ["--coordinates", "yes"],
+    ["--preset", "huge"], ["surplus"], ["--alpha"],
+])
+def test_a_flag_that_cannot_be_read_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, error = mistake(arguments, capsys)
+    assert code == 2 and len(error) == 1 and error[0].startswith("error: ") and arguments[0] in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line_and_code_2(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("here first")
+    for folder in ("file", "file/run"):
+        code, error = mistake(flags(model=tiny, output_dir=tmp_path / folder), capsys)
+        assert code == 2 and len(error) == 1 and str(tmp_path / "file") in error[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_an_output_folder_that_is_not_empty_is_left_alone(tiny, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, error = mistake(flags(model=tiny, output_dir=tmp_path), capsys)
+    assert code == 2 and len(error) == 1 and "not empty" in error[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+@pytest.mark.parametrize("wrong", [
+    ["--alpha", "0.3"], ["--env", "sokoban"], ["--seed", "1"], ["--algo", "ppo"], ["--weights", "uniform"],
+    bug(["--output_dir", "elsewhere"], reason="silently ignored: the run goes on in its old folder"),
+    bug(["--preset", "paper"], reason="silently ignored"),
+])
+def test_a_run_does_not_resume_with_other_settings(finished, tmp_path, capsys, wrong):
+    before = (finished / "metrics.jsonl").read_bytes()
+    code, error = mistake(["--resume_from_checkpoint", str(finished), *wrong], capsys)
+    assert code == 2 and len(error) == 1 and wrong[0] in error[0]
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_there_is_nothing_to_resume_in_a_folder_without_a_checkpoint(tiny, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "missing", tiny):
+        code, error = mistake(["--resume_from_checkpoint", str(folder)], capsys)
+        assert code == 2 and len(error) == 1 and "no complete checkpoint" in error[0] and str(folder) in error[0]
+    assert not (tmp_path / "missing").exists()
+
+
+def test_the_default_run_folder_is_new_every_time(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        checkpoint.new_run("", "frozenlake-grpo-actfocus-seed0", {"alpha": 0.1})
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["frozenlake-grpo-actfocus-seed0", "frozenlake-grpo-actfocus-seed0-2"]
+
+
+def test_presets_say_what_they_change_and_flags_win(capsys):
+    settings, _ = train.parse(["--preset", "smoke", "--max_steps", "7"])
+    assert (settings.max_steps, settings.num_prompts) == (7, 2) and "--num_prompts 2" in capsys.readouterr().out
+    paper, _ = train.parse(["--preset", "paper", "--env", "sokoban"])
+    assert (paper.learning_rate, paper.filter_fraction, paper.num_prompts, paper.mini_batch_size) == (1e-6, 0.25, 8, 32)
+    assert train.parse(["--preset", "paper"])[0].filter_fraction == 1.0
+    assert train.parse([])[0] == train.Config()

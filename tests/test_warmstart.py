@@ -1,0 +1,147 @@
+"""warmstart.py: what the scripted players write, and the tokenizer that reads it."""
+
+import re
+
+import pytest
+import torch
+from tiny import llama
+
+import train
+import warmstart
+from actfocus import answer_span, classify_tokens
+from envs import make_env, random_player
+from metrics import rollout_metrics
+from policy import load_model, load_tokenizer
+from rollout import token_pieces
+from warmstart import FIRST_SEED, GAMES, TAGS, build_tokenizer, encode, transcript
+
+SEEDS = range(FIRST_SEED, FIRST_SEED + 60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Built as the committed one is, from fewer transcripts."""
+    return build_tokenizer("".join(text for text, _ in transcript(game, FIRST_SEED - 1 - i, 0.5))
+                           for game in GAMES for i in range(100))
+
+
+@pytest.fixture(scope="module", params=GAMES)
+def game(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def responses(game):
+    return [text for seed in SEEDS for text, is_response in transcript(game, seed, 0.5) if is_response]
+
+
+def test_every_response_is_valid_and_names_one_or_two_known_moves(game, responses):
+    assert len(responses) > len(SEEDS)
+    for text in responses:
+        start, end = answer_span(text)
+        moves = text[start:end].split(" || ")
+        assert 1 <= len(moves) <= 2 and set(moves) <= set(make_env(game).actions)
+
+
+def test_nearly_all_response_tokens_stand_inside_the_thought(responses, tokenizer):
+    inside = total = actions = 0
+    for text in responses:
+        ids = tokenizer.encode(text)
+        inside += ids.index(tokenizer.convert_tokens_to_ids("</think>")) - 1
+        total += len(ids)
+        actions += int(classify_tokens(token_pieces(tokenizer, ids))[1].sum())
+    assert inside / total >= 0.85
+    assert actions / total < 0.16  # the paper's Table 1
+
+
+def test_the_thought_never_names_the_move(responses):
+    for text in responses:
+        thought = text[: text.index("</think>")]
+        assert not re.search(r"\b(Up|Down|Left|Right)\b|\|\|", thought)
+
+
+def test_thoughts_are_grounded_and_varied(responses):
+    thoughts = [text[: text.index("</think>")] for text in responses]
+    assert len(set(thoughts)) > 0.9 * len(thoughts)
+    assert all(re.search(r"\(\d, \d\)", thought) for thought in thoughts)
+
+
+def test_the_same_seed_writes_the_same_transcript_and_another_seed_another(game):
+    assert transcript(game, FIRST_SEED, 0.5) == transcript(game, FIRST_SEED, 0.5)
+    assert transcript(game, FIRST_SEED, 0.5) != transcript(game, FIRST_SEED + 1, 0.5)
+
+
+def test_a_transcript_alternates_between_what_is_read_and_what_is_written_in_the_rollouts_form(game):
+    for seed in SEEDS[:20]:
+        parts = transcript(game, seed, 1.0)
+        assert [is_response for _, is_response in parts] == [i % 2 == 1 for i in range(len(parts))]
+        assert parts[0][0].startswith(make_env(game).brief) and "\nTurn 1: 10 left.\n" in parts[0][0]
+        assert all(text[0] == text[-1] == "\n" for text, _ in parts[2::2])
+
+
+def test_a_skilled_player_needs_fewer_turns_than_a_random_one(game):
+    def turns(skill):
+        return sum(is_response for seed in SEEDS for _, is_response in transcript(game, seed, skill)) / len(SEEDS)
+
+    assert turns(1.0) < turns(0.0) - 0.5
+
+
+def test_the_four_tags_are_single_tokens_wherever_they_stand(tokenizer):
+    for tag in TAGS:
+        assert len(tokenizer.encode(tag)) == 1
+        token = tokenizer.encode(tag)[0]
+        assert tokenizer.encode(f"Up{tag} a{tag}\n{tag}{tag}").count(token) == 4
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("text", [
+    "##____\n#P_X√#\n_SO_G_", "Player (0, 3). Box (2, 11). Target (1, 1) (2, 2).", " two  spaces\t and\r\n lines \n\n",
+    "<think>a</think><answer>Up || Down</answer>", "größer 東京 🙂 Ω̂", "<answer>UP||down</answer><|end|>", "camelCase_and-1234",
+])
+def test_encoding_and_decoding_gives_the_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_cell_of_a_map_and_a_coordinate_and_a_move_are_one_token_each(tokenizer):
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("P_G_")] == ["P", "_", "G", "_"]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("Player (2, 3).")] == ["Player", " (2, 3)", "."]
+    for name in ("Up", "Down", "Left", "Right"):
+        assert len(tokenizer.encode(name)) == len(tokenizer.encode(f"{name} || {name}")) - 2 == 1
+
+
+def test_loss_weights_are_0_outside_responses_and_higher_inside_answers(game, tokenizer):
+    parts = transcript(game, FIRST_SEED, 0.5)
+    ids, weights = encode(tokenizer, parts)
+    assert len(ids) == len(weights) and tokenizer.decode(ids) == "".join(text for text, _ in parts)
+    by_weight = {w: tokenizer.decode([i for i, own in zip(ids, weights, strict=True) if own == w]) for w in set(weights)}
+    assert set(by_weight) == {0, 1, warmstart.ACTION_WEIGHT}
+    assert "<think>" in by_weight[1] and "<" not in by_weight[0]
+    left = by_weight[warmstart.ACTION_WEIGHT].replace("</answer>", " ").replace("||", " ").split()
+    assert set("".join(left)) <= set("UpDownLeftRight")
+
+
+def test_its_levels_are_neither_trained_on_nor_evaluated_on():
+    longest = train.Config(seed=9_999, max_steps=10_000, num_prompts=100, mini_batch_size=16)
+    last = train.FIRST_TRAIN_SEED * (1 + longest.seed) + longest.max_steps * longest.num_prompts
+    first = FIRST_SEED - 2000  # the tokenizer's samples
+    assert last < first and train.Config().eval_prompts < train.FIRST_TRAIN_SEED
+
+
+def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
+    def losses():
+        model = llama(len(tokenizer))
+        for _ in warmstart.train(model, tokenizer, 4, 0.3, 0):  # the learning rate has just begun to rise
+            pass
+        return [float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out)], model
+
+    (first, model), (second, again) = losses(), losses()
+    assert first == second and first[-1] < first[0] - 0.05
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_committed_model_keeps_the_format_and_plays_better_than_chance_but_not_well(game):
+    settings = train.Config(env=game, eval_prompts=32, eval_samples=2, eval_temperature=1.0)
+    result, rows = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
+    floor = train.evaluate_player(settings, random_player)
+    assert rollout_metrics(rows)["invalid_turns"] <= 0.03
+    assert floor["success"] < result["success"] < 0.55  # half at most, and the noise of 64 episodes
