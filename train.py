@@ -66,9 +66,9 @@ class Config:
     num_prompts: int = within(1, INF, 8)  # P, prompts a step, §5.1
     num_generations: int = within(1, INF, 16)  # G, rollouts a prompt, §5.1
     mini_batch_size: int = within(1, INF, 32)  # trajectories an optimiser step, §5.1
-    micro_batch_tokens: int = within(1, INF, 4096)  # tokens a forward pass; ours, leaves the gradient as it is
-    learning_rate: float = within(ABOVE_0, INF, 3e-4)  # of the policy; ours for the tiny model, paper 1e-6
-    critic_learning_rate: float = within(ABOVE_0, INF, 1e-3)  # of the critic (PPO); ours, paper 1e-5
+    micro_batch_tokens: int = within(1, INF, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
+    learning_rate: float = within(ABOVE_0, INF, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
+    critic_learning_rate: float = within(ABOVE_0, INF, 3e-4)  # of the critic (PPO); ours, paper 1e-5
     max_grad_norm: float = within(ABOVE_0, INF, 1.0)  # gradient clipping; ours
     clip_low: float = within(0, 1, 0.2)  # ε_low, Eq. (6)
     clip_high: float = within(0, INF, 0.28)  # ε_high, Eq. (6)

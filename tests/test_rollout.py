@@ -37,7 +37,7 @@ class Chain(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, following, size=len(WORDS)):
+    def __init__(self, following, size=10):
         super().__init__()
         logits = torch.zeros(size, size)
         for token, after in following.items():
@@ -142,8 +142,8 @@ def test_the_ids_trained_are_the_ids_sampled(tiny, monkeypatch):
 
 def test_ids_survive_where_decoding_and_encoding_again_would_give_others(tiny):
     tokenizer = load_tokenizer(str(tiny))
-    name = lambda text: tokenizer.convert_tokens_to_ids(text)  # noqa: E731
-    wanted = [name(t) for t in ("<think>", "</think>", "<answer>", "D", "o", "w", "n", "</answer>")]
+    names = ["<think>", "</think>", "<answer>", "D", "o", "w", "n", "</answer>"]
+    wanted = tokenizer.convert_tokens_to_ids(names)
     (newline,) = tokenizer.encode("\n")
     chain = dict(zip([newline, *wanted], wanted, strict=False))
     (row,) = play(Chain(chain, len(tokenizer)), [Game()], tokenizer)
@@ -151,7 +151,7 @@ def test_ids_survive_where_decoding_and_encoding_again_would_give_others(tiny):
     assert row.tokens[start:end] == wanted and row.episode.answers == ["Down"]
     again = tokenizer.encode(tokenizer.decode(wanted), add_special_tokens=False)
     assert again != wanted and len(again) < len(wanted)
-    assert row.is_action[start:end] == [t in "Down" for t in ("<", "<", "<", "D", "o", "w", "n", "<")]
+    assert row.is_action[start:end] == [name in "Down" for name in names]
 
 
 def test_generation_stops_at_the_closing_answer_and_what_would_follow_is_never_executed():

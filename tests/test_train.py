@@ -71,7 +71,7 @@ def test_a_run_leaves_its_numbers_its_samples_and_its_plot(finished, capsys):
     assert config_file["config"]["num_generations"] == 4 and config_file["torch"] == torch.__version__
     assert [row["step"] for row in lines(finished / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [row["step"] for row in lines(finished / "eval.jsonl")] == [0, 2, 4]
-    assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in finished.glob("*-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
     assert "<think>" in (finished / "samples" / "step-4.txt").read_text()
     assert (finished / "plots" / "learning.png").read_bytes().startswith(b"\x89PNG")
     assert all(row["logp_gap_max"] < 1e-4 for row in lines(finished / "metrics.jsonl"))
@@ -249,7 +249,7 @@ def test_the_update_is_equation_6_with_the_kl_and_entropy_terms_unweighted(tiny,
 def test_the_energy_is_the_frozen_references_and_not_the_policys(tiny, monkeypatch):
     settings, seen = config(tiny), []
     state = train.build_state(settings)
-    monkeypatch.setattr(train, "token_weights", lambda energy, *rest: seen.append(energy) or token_weights(energy, *rest))
+    monkeypatch.setattr(train, "token_weights", lambda *given: seen.append(given[0]) or token_weights(*given))
     first = [parameter.clone() for parameter in state.reference.parameters()]
     with torch.no_grad():
         state.policy.model.norm.weight.mul_(2.0)
@@ -353,8 +353,11 @@ def test_a_nan_is_skipped_and_counted_and_moves_no_weight(tiny, tmp_path, monkey
     assert not same_weights(folder / "checkpoint-0", folder / "checkpoint-1")
     assert same_weights(folder / "checkpoint-1", folder / "checkpoint-2")
     assert not same_weights(folder / "checkpoint-2", folder / "checkpoint-3")
-    critics = [torch.load(folder / f"checkpoint-{n}" / checkpoint.STATE, weights_only=True).get("critic") for n in (1, 2)]
-    assert algo == "grpo" or all(torch.equal(critics[0][name], critics[1][name]) for name in critics[0])
+    if algo == "ppo":
+        one, two, three = (torch.load(folder / f"checkpoint-{n}" / checkpoint.STATE, weights_only=True)["critic"]
+                           for n in (1, 2, 3))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert not torch.equal(two["head.weight"], three["head.weight"])
 
 
 def test_one_nan_micro_batch_skips_the_whole_step(tiny, tmp_path, monkeypatch):
@@ -425,8 +428,8 @@ def bug(*values, reason):
     ({"model": "models/nope"}, "cannot load model 'models/nope'"),
     ({"model": "/nowhere/nope"}, "cannot load model '/nowhere/nope'"),
     bug({"beta": "inf"}, "--beta inf", reason="infinite weights end in a traceback in the first update"),
-    bug({"max_context": 60}, "max_context", reason="a prompt without room for a response ends in a traceback"),
-    bug({"max_response_tokens": 600}, "max_context", reason="the same, from the other side"),
+    ({"max_context": 60}, "leaves no room for a response: max_context"),
+    ({"max_response_tokens": 600}, "leaves no room for a response: max_context"),
 ])
 def test_an_impossible_setting_is_one_line_and_code_2_and_leaves_no_folder(
     tiny, tmp_path, monkeypatch, capsys, wrong, part

@@ -1,6 +1,7 @@
 """warmstart.py: what the scripted players write, and the tokenizer that reads it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def test_the_four_tags_are_single_tokens_wherever_they_stand(tokenizer):
 
 
 @pytest.mark.parametrize("text", [
-    "##____\n#P_X√#\n_SO_G_", "Player (0, 3). Box (2, 11). Target (1, 1) (2, 2).", " two  spaces\t and\r\n lines \n\n",
-    "<think>a</think><answer>Up || Down</answer>", "größer 東京 🙂 Ω̂", "<answer>UP||down</answer><|end|>", "camelCase_and-1234",
+    "##____\n#P_X√#\n_SO_G_", "Player (0, 3). Box (2, 11). Target (1, 1) (2, 2).", "größer 東京 🙂 Ω̂", "camelCase_1",
+    "<think>a</think><answer>Up || Down</answer>", "<answer>UP||down</answer><|end|>", " two  spaces\t \r\n lines \n\n",
 ])
 def test_encoding_and_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -113,7 +114,8 @@ def test_loss_weights_are_0_outside_responses_and_higher_inside_answers(game, to
     parts = transcript(game, FIRST_SEED, 0.5)
     ids, weights = encode(tokenizer, parts)
     assert len(ids) == len(weights) and tokenizer.decode(ids) == "".join(text for text, _ in parts)
-    by_weight = {w: tokenizer.decode([i for i, own in zip(ids, weights, strict=True) if own == w]) for w in set(weights)}
+    pairs = list(zip(ids, weights, strict=True))
+    by_weight = {w: tokenizer.decode([token for token, own in pairs if own == w]) for w in set(weights)}
     assert set(by_weight) == {0, 1, warmstart.ACTION_WEIGHT}
     assert "<think>" in by_weight[1] and "<" not in by_weight[0]
     left = by_weight[warmstart.ACTION_WEIGHT].replace("</answer>", " ").replace("||", " ").split()
@@ -139,9 +141,10 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_the_committed_model_keeps_the_format_and_plays_better_than_chance_but_not_well(game):
-    settings = train.Config(env=game, eval_prompts=32, eval_samples=2, eval_temperature=1.0)
-    result, rows = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
-    floor = train.evaluate_player(settings, random_player)
+def test_the_committed_model_plays_better_than_chance_but_not_well_and_keeps_the_format(game):
+    settings = train.Config(env=game, eval_prompts=64, eval_samples=2)
+    policy, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    result, _ = train.evaluate_policy(settings, policy, tokenizer)
+    assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
+    _, rows = train.evaluate_policy(replace(settings, eval_prompts=8, eval_temperature=1.0), policy, tokenizer)
     assert rollout_metrics(rows)["invalid_turns"] <= 0.03
-    assert floor["success"] < result["success"] < 0.55  # half at most, and the noise of 64 episodes
