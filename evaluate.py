@@ -36,7 +36,7 @@ from rollout import Batch, Engine, Trajectory, rollout, token_pieces
 from train import Config, build_state, evaluate_player, evaluate_policy, make_episodes, score_batch
 
 BOTTLENECK_PROMPTS = 256  # groups of the diagnosis
-ROUNDS = 5  # of the bench
+ROUNDS = 3  # of the bench
 
 
 def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
@@ -155,7 +155,7 @@ def bench(config: Config) -> None:
         ours, bare, loop = zip(*(_time_rollout(styled, state, i) for i in range(ROUNDS)), strict=True)
         print(f"rollout / its bare forward passes, {style} prompts: {_ratio(ours, bare)} (wanted: at most 1.25)")
         print(f"generate loop / rollout, per sampled token, {style} prompts: {_ratio(loop, ours)} (at least {wanted})")
-    batch = prepared_batch(config, state)
+    _, batch = train.iteration(config, state, 0)
     works = (lambda: train.update(config, state, batch), lambda: _bare_update(config, state, batch))
     ours, bare = zip(*([_timed(work) for work in works] for _ in range(ROUNDS)), strict=True)
     print(f"update / bare forward and backward, same tokens unpadded: {_ratio(ours, bare)} (at most 1.25)")
@@ -231,16 +231,6 @@ def _generate_loop(config: Config, state: State, episodes: list) -> int:
     return count
 
 
-def prepared_batch(config: Config, state: State) -> Batch:
-    """One step's batch, ready for the update."""
-    batch = Batch.of(train.sample(config, state, 0))
-    scores = score_batch(state.reference, batch, config)
-    batch.energy, batch.ref_logp = scores.energy, scores.logp
-    batch.advantages = train.ADVANTAGES[config.algo](config, state, batch)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, config.alpha, config.beta)
-    return batch
-
-
 def _bare_update(config: Config, state: State, batch: Batch) -> None:
     """Forward and backward of transformers' own loss on the batch's tokens, cut into full rows of their mean length."""
     length = int(batch.lengths.float().mean())
@@ -257,7 +247,7 @@ def _step(config: Config, state: State) -> tuple[float, float, float]:
     state.generator.manual_seed(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     metrics = []
-    seconds = _timed(lambda: metrics.append(train.iteration(config, state, 0)))
+    seconds = _timed(lambda: metrics.append(train.iteration(config, state, 0)[0]))
     peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return seconds, peak, metrics[0]["seconds_reference"] / seconds
 

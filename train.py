@@ -127,13 +127,13 @@ def train(config: Config, state: State, run: Path) -> None:
     """Iterations until `max_steps`, each logged, and where due evaluated and saved."""
     progress = tqdm(range(state.step, config.max_steps), initial=state.step, total=config.max_steps, disable=None)
     for step in progress:
-        row = iteration(config, state, step)
+        row, _ = iteration(config, state, step)
         state.step = step + 1
         record(config, state, run, {"step": state.step, **row}, progress)
 
 
-def iteration(config: Config, state: State, step: int) -> dict[str, float]:
-    """The algorithm: sample, score, weigh, update. Returns the step's metrics."""
+def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float], Batch]:
+    """The algorithm: sample, score, weigh, update. Returns the step's metrics and its batch."""
     start = time.perf_counter()
     rows = sample(config, state, step)  # P·G trajectories under π_old
     returns = torch.tensor([row.episode.return_ for row in rows])
@@ -149,7 +149,7 @@ def iteration(config: Config, state: State, step: int) -> dict[str, float]:
     updated = update(config, state, batch)  # Eq. (6)
     seconds = {"seconds_rollout": sampled - start, "seconds_reference": scored - sampled,
                "seconds_update": time.perf_counter() - scored}
-    return {**rollout_metrics(rows), **token_metrics(batch), **updated, **seconds}
+    return {**rollout_metrics(rows), **token_metrics(batch), **updated, **seconds}, batch
 
 
 def sample(config: Config, state: State, step: int) -> list[Trajectory]:
@@ -220,9 +220,10 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
             scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
             loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
                                config.clip_high, total_weight)
-            kl = kl_estimate(scores.logp, part.ref_logp, config.kl_kind)[part.is_response].sum() / tokens
-            entropy = scores.entropy.sum() / tokens
-            (loss + config.kl_coef * kl - config.entropy_coef * entropy).backward()
+            regulariser = -config.entropy_coef * scores.entropy
+            if config.kl_coef:
+                regulariser = regulariser + config.kl_coef * kl_estimate(scores.logp, part.ref_logp, config.kl_kind)
+            (loss + regulariser[part.is_response].sum() / tokens).backward()
             sums["loss"] += loss.item() / len(mini_batches)
             if state.critic:
                 error = state.critic(part.tokens, part.is_response) - part.value_targets

@@ -428,8 +428,8 @@ def bug(*values, reason):
     ({"model": "models/nope"}, "cannot load model 'models/nope'"),
     ({"model": "/nowhere/nope"}, "cannot load model '/nowhere/nope'"),
     bug({"beta": "inf"}, "--beta inf", reason="infinite weights end in a traceback in the first update"),
-    ({"max_context": 60}, "leaves no room for a response: max_context"),
-    ({"max_response_tokens": 600}, "leaves no room for a response: max_context"),
+    ({"max_context": 60}, "(--max_response_tokens) do not fit"),
+    ({"max_response_tokens": 600}, "(--max_response_tokens) do not fit"),
 ])
 def test_an_impossible_setting_is_one_line_and_code_2_and_leaves_no_folder(
     tiny, tmp_path, monkeypatch, capsys, wrong, part

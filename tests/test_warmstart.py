@@ -142,7 +142,7 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
 
 
 def test_the_committed_model_plays_better_than_chance_but_not_well_and_keeps_the_format(game):
-    settings = train.Config(env=game, eval_prompts=64, eval_samples=2)
+    settings = train.Config(env=game, eval_prompts=48, eval_samples=2)
     policy, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     result, _ = train.evaluate_policy(settings, policy, tokenizer)
     assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
