@@ -62,7 +62,7 @@ class Config:
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, INF, 0.5)  # β, reach of the energy on action tokens, §5.1
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
-    max_steps: int = within(0, INF, 40)  # iterations; ours, paper 200
+    max_steps: int = within(0, INF, 30)  # iterations; ours, paper 200
     num_prompts: int = within(1, INF, 8)  # P, prompts a step, §5.1
     num_generations: int = within(1, INF, 16)  # G, rollouts a prompt, §5.1
     mini_batch_size: int = within(1, INF, 32)  # trajectories an optimiser step, §5.1

@@ -2,8 +2,8 @@
 
 Ours, not the paper's (arXiv:2605.14558v1 starts from Qwen2.5-Instruct). Scripted players write transcripts of all
 environments in the form of rollouts; a small Llama learns their responses. The reasoning looks at the state and muses,
-and never names the move. First the moves are optimal, so that the mapping is learnt; at the end they are optimal
-only with probability `SKILL`, which leaves a soft policy with knowledge under it.
+and never names the move. First the moves are optimal, so that the mapping is learnt; then they are optimal only with
+a falling probability (`STAGES`), which leaves a soft policy with knowledge under it.
 
     python warmstart.py --output_dir models/tiny --seed 0      # rebuilds the committed folder
 """
@@ -24,7 +24,10 @@ from envs import Cell, Env, Episode, make_env
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}}
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FIRST_SEED = 2**40  # levels of the warm start: far from those of training and evaluation
-SKILL = 0.15  # probability of an optimal move in the last quarter of the steps
+STAGES = (  # learning rate, and (steps, probability of an optimal move) in turn; each stage starts its optimiser anew
+    (1.5e-3, ((1500, 1.0), (500, 0.4))),
+    (5e-4, ((300, 0.15),)),
+)
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
 ROWS = 32  # transcripts a step
 WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate, a map's cell: one token
@@ -150,17 +153,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, parts: list[tuple[str, bool]]) ->
 
 
 def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int
-) -> Iterator[int]:
-    """Weighted cross-entropy on response tokens; linear warm-up and decay of the learning rate. Yields every step."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, skills: list[float], learning_rate: float, seed: int
+) -> None:
+    """Weighted cross-entropy on response tokens of players of the given skills, one a step.
+
+    Careful: `skills` sets the number of steps too. The learning rate warms up and decays linearly.
+    """
+    steps = len(skills)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, max(0.05, 1 - step / steps))
     )
     games, start = list(GAMES), time.time()
-    for step in range(steps):
-        skill = 1.0 if step < 0.75 * steps else SKILL
-        first = FIRST_SEED + (seed * steps + step) * ROWS
+    for step, skill in enumerate(skills):
+        first = FIRST_SEED + (seed * 100_000 + step) * ROWS
         rows = [encode(tokenizer, transcript(games[i % len(games)], first + i, skill)) for i in range(ROWS)]
         total = sum(sum(weights) for _, weights in rows)
         loss = 0.0
@@ -177,25 +183,24 @@ def train(
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {loss:.4f}  {time.time() - start:6.0f} s", flush=True)
-        yield step
 
 
 def main() -> None:
     """Build tokenizer and model, train, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shrink", type=int, default=1, help="divide all steps by this, for a quick try")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     samples = (transcript(game, FIRST_SEED - 1 - i, 0.5) for game in GAMES for i in range(1000))
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
-    for step in train(model, tokenizer, args.steps, args.learning_rate, args.seed):
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            model.save_pretrained(args.output_dir)
-            tokenizer.save_pretrained(args.output_dir)
+    for stage, (learning_rate, phases) in enumerate(STAGES):
+        skills = [skill for steps, skill in phases for _ in range(steps // args.shrink)]
+        train(model, tokenizer, skills, learning_rate, len(STAGES) * args.seed + stage)
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":
