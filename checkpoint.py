@@ -40,14 +40,14 @@ class State:
     bad_steps: int = 0  # how many of them in a row
 
 
-def new_run(folder: str, name: str, config: dict) -> Path:
+def new_run(config: dict) -> Path:
     """A run folder with its config.json, by default a new one under runs/; nothing that exists is written over."""
-    if folder:
-        run = Path(folder)
+    if config["output_dir"]:
+        run = Path(config["output_dir"])
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ValueError(f"--output_dir {run}: not empty; choose another, or --resume_from_checkpoint {run}")
     else:
-        stem = Path("runs") / name
+        stem = Path("runs") / "{env}-{algo}-{weights}-seed{seed}".format(**config)
         run = next(p for i in range(1, 10_000) if not (p := stem if i == 1 else Path(f"{stem}-{i}")).exists())
     try:
         for part in ("samples", "plots"):
@@ -134,12 +134,17 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def cut_lines(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after `last_step`."""
-    kept = [row for row in read_lines(path) if row["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+def forget_later(run: Path, step: int) -> None:
+    """Drop the checkpoints and the lines after `step`: a run that resumes there will write them again."""
+    for path in run.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    for path in (run / "metrics.jsonl", run / "eval.jsonl"):
+        if path.exists():
+            kept = [row for row in read_lines(path) if row["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
 
 
 def _flush(path: Path) -> None:

@@ -49,8 +49,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     given = vars(parser.parse_args(argv))
     todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "plot")}
     folder = Path(given.pop("folder"))
-    run = folder if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists() else folder.parent
-    if run == folder or folder.name.startswith("checkpoint-"):
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    if (run / "eval.jsonl").exists():
         folder = checkpoint.find_checkpoint(folder)
         given = {**checkpoint.read_config(run), **given}
     else:
@@ -106,7 +106,7 @@ def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
     tokenizer = load_tokenizer(str(folder))
     print(f"\x1b[2mprompt and observation, weight 0\x1b[0m   \x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
           + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
-    for b in range(0, episodes * config.num_generations, config.num_generations):
+    for b in range(0, len(rows), config.num_generations)[:episodes]:
         row, out, legend = rows[b], [], []
         for t, piece in enumerate(token_pieces(tokenizer, row.tokens)):
             kind = "action" if row.is_action[t] else "reasoning" if row.is_response[t] else "prompt"

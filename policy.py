@@ -72,7 +72,7 @@ def _load(cls: type, name: str, **options):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one clear line
     try:
         return cls.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file shows as one of many: safetensors', json's, torch's, the hub's
         kind = "folder" if Path(name).is_dir() else "hub name, which needs a network"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load model {name!r} ({kind}): {reason}") from None

@@ -23,6 +23,10 @@ from envs import Episode
 from policy import opening_text, pad, turn_text
 
 
+class PromptTooLong(ValueError):
+    """A level's first prompt leaves no room for a response."""
+
+
 @dataclass
 class Trajectory:
     """One episode as tokens, and what the rollout policy said of each; lists of length T, 0 outside the response."""
@@ -184,9 +188,10 @@ class Engine:
         tokens = pad(pending, torch.int64).to(device)  # (R, C)
         positions = torch.tensor(seen, device=device)[:, None] + torch.arange(tokens.shape[1], device=device)
         mask = self.cache.aim(start, positions)  # padding lies beyond a row's end: never attended to, overwritten later
-        hidden = self.model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask,
-                                       past_key_values=self.cache, use_cache=True).last_hidden_state
         last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
+        real = positions.minimum(positions.gather(1, last[:, None]))  # no position the model has never heard of
+        hidden = self.model.base_model(input_ids=tokens, position_ids=real, attention_mask=mask,
+                                       past_key_values=self.cache, use_cache=True).last_hidden_state
         return self.model.get_output_embeddings()(hidden[torch.arange(len(last), device=device), last]).float()
 
 
@@ -204,7 +209,7 @@ def rollout(
     Returns:
         B trajectories in the order of `episodes`.
     Raises:
-        ValueError: temperature not above 0, or a prompt that leaves no room for a response.
+        ValueError: temperature not above 0.   PromptTooLong: a prompt that leaves no room for a response.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -248,7 +253,7 @@ def _read_prompts(
     prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
     longest = max(map(len, prompts.values()))
     if longest > room:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room for a response: max_context allows {room}")
+        raise PromptTooLong(f"a prompt of {longest} tokens leaves no room for a response: max_context allows {room}")
     logits = engine.forward(list(prompts.values()), 0, [0] * len(prompts))
     number = {text: i for i, text in enumerate(prompts)}
     index = torch.tensor([number[text] for text in texts], device=logits.device)

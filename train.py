@@ -34,11 +34,11 @@ from checkpoint import State
 from envs import ENVS, Env, Episode, make_env, oracle_player, play, random_player
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import TINY, TokenScores, load_critic, load_model, load_tokenizer, micro_batches, opening_text, score_tokens
-from rollout import Batch, Trajectory, rollout
+from rollout import Batch, PromptTooLong, Trajectory, rollout
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
-INF, ABOVE_0 = math.inf, 1e-12
+HUGE, ABOVE_0 = 1e9, 1e-12
 
 
 def within(low: float, high: float, default: float) -> Any:
@@ -60,40 +60,40 @@ class Config:
     algo: str = one_of("grpo", "ppo", default="grpo")  # the advantage: grpo or ppo
     weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
-    beta: float = within(0, INF, 0.5)  # β, reach of the energy on action tokens, §5.1
+    beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
-    max_steps: int = within(0, INF, 30)  # iterations; ours, paper 200
-    num_prompts: int = within(1, INF, 8)  # P, prompts a step, §5.1
-    num_generations: int = within(1, INF, 16)  # G, rollouts a prompt, §5.1
-    mini_batch_size: int = within(1, INF, 32)  # trajectories an optimiser step, §5.1
-    micro_batch_tokens: int = within(1, INF, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
-    learning_rate: float = within(ABOVE_0, INF, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
-    critic_learning_rate: float = within(ABOVE_0, INF, 3e-4)  # of the critic (PPO); ours, paper 1e-5
-    max_grad_norm: float = within(ABOVE_0, INF, 1.0)  # gradient clipping; ours
+    max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
+    num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1
+    num_generations: int = within(1, HUGE, 16)  # G, rollouts a prompt, §5.1
+    mini_batch_size: int = within(1, HUGE, 32)  # trajectories an optimiser step, §5.1
+    micro_batch_tokens: int = within(1, HUGE, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
+    learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
+    critic_learning_rate: float = within(ABOVE_0, HUGE, 3e-4)  # of the critic (PPO); ours, paper 1e-5
+    max_grad_norm: float = within(ABOVE_0, HUGE, 1.0)  # gradient clipping; ours
     clip_low: float = within(0, 1, 0.2)  # ε_low, Eq. (6)
-    clip_high: float = within(0, INF, 0.28)  # ε_high, Eq. (6)
+    clip_high: float = within(0, HUGE, 0.28)  # ε_high, Eq. (6)
     gamma: float = within(0, 1, 1.0)  # γ of GAE, §5.1
     lam: float = within(0, 1, 1.0)  # λ of GAE, §5.1
-    entropy_coef: float = within(0, INF, 0.001)  # entropy bonus, §5.1
-    kl_coef: float = within(0, INF, 0.0)  # KL to the reference in the loss, Eq. (15); paper 0 but for WebShop with GRPO
+    entropy_coef: float = within(0, HUGE, 0.001)  # entropy bonus, §5.1
+    kl_coef: float = within(0, HUGE, 0.0)  # KL loss, Eq. (15); paper 0 but for WebShop with GRPO
     kl_kind: str = one_of(*KINDS, default="k1")  # estimator of that KL, §5.1
     filter_fraction: float = within(ABOVE_0, 1, 1.0)  # groups kept, of most varied returns (StarPO-S); ours
-    temperature: float = within(ABOVE_0, INF, 1.0)  # of the rollouts, §5.1
-    max_response_tokens: int = within(1, INF, 96)  # tokens a response; ours, paper 400
-    max_context: int = within(1, INF, 1024)  # tokens a trajectory; ours, paper 3600
+    temperature: float = within(ABOVE_0, HUGE, 1.0)  # of the rollouts, §5.1
+    max_response_tokens: int = within(1, HUGE, 96)  # tokens a response; ours, paper 400
+    max_context: int = within(1, HUGE, 1024)  # tokens a trajectory; ours, paper 3600
     prompt_style: str = one_of("brief", "paper", default="brief")  # brief or paper; ours
-    max_turns: int = within(1, INF, 5)  # K, turns an episode, §5.1
-    actions_per_turn: int = within(1, INF, 2)  # actions an answer, §5.1
-    max_actions: int = within(1, INF, 10)  # actions an episode, §5.1
-    format_penalty: float = within(0, INF, 0.1)  # taken from the return for an invalid turn, §5.1
+    max_turns: int = within(1, HUGE, 5)  # K, turns an episode, §5.1
+    actions_per_turn: int = within(1, HUGE, 2)  # actions an answer, §5.1
+    max_actions: int = within(1, HUGE, 10)  # actions an episode, §5.1
+    format_penalty: float = within(0, HUGE, 0.1)  # taken from the return for an invalid turn, §5.1
     success_rate: float = within(ABOVE_0, 1, 1.0)  # FrozenLake: probability that a move goes where it is meant to; ours
     frozen: float = within(0, 1, 0.8)  # FrozenLake: probability of ice
     coordinates: bool = True  # Sokoban: positions as text above the grid; ours, for the tiny model
-    eval_steps: int = within(1, INF, 10)  # steps between evaluations, §5.1
-    eval_prompts: int = within(1, INF, 128)  # fixed evaluation levels; ours, paper 32
-    eval_samples: int = within(1, INF, 4)  # samples a level; ours, paper 16
-    eval_temperature: float = within(ABOVE_0, INF, 0.5)  # of evaluation, §5.1
-    save_steps: int = within(1, INF, 10)  # steps between checkpoints; ours
+    eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
+    eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
+    eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
+    eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
+    save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/
 
     def __post_init__(self):
@@ -307,8 +307,8 @@ def build_state(config: Config) -> State:
     policy, reference = load_model(config.model), load_model(config.model).requires_grad_(False)
     critic = load_critic(config.model) if config.algo == "ppo" else None
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate) if critic else None
-    tokenizer, first = load_tokenizer(config.model), make_episodes(config, [0], 1)[0]
-    prompt = len(tokenizer.encode(opening_text(tokenizer, first.system(), first.user())))
+    tokenizer, levels = load_tokenizer(config.model), make_episodes(config, range(config.eval_prompts), 1)
+    prompt = max(len(tokenizer.encode(opening_text(tokenizer, level.system(), level.user()))) for level in levels)
     if prompt + config.max_response_tokens > config.max_context:
         raise ValueError(f"--max_context {config.max_context}: a prompt of {prompt} and a response of "
                          f"{config.max_response_tokens} tokens (--max_response_tokens) do not fit")
@@ -367,19 +367,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = build_state(config)
         if path:
             checkpoint.restore(state, path)
-        name = f"{config.env}-{config.algo}-{config.weights}-seed{config.seed}"
-        run = path.parent if path else checkpoint.new_run(config.output_dir, name, asdict(config))
+        run = path.parent if path else checkpoint.new_run(asdict(config))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if path:
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            checkpoint.cut_lines(run / name, state.step)
+        checkpoint.forget_later(run, state.step)
     else:
-        evaluate_step(config, state, run)
         checkpoint.save(state, run)
+    if not checkpoint.read_lines(run / "eval.jsonl"):
+        evaluate_step(config, state, run)
     try:
         train(config, state, run)
+    except PromptTooLong as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"stopped: {error}; the last checkpoint is {checkpoint.find_checkpoint(run)}", file=sys.stderr)
         return 1
@@ -393,8 +395,7 @@ def report(config: Config, run: Path) -> None:
     floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
     plot = plots.learning_curves([run], run / "plots" / "learning.png", floor["success"], ceiling["success"])
     named = {"before": lines[0], "after": lines[-1], "random floor": floor, "oracle ceiling": ceiling}
-    for name, result in named.items():
-        print(f"{name:>14}: {describe(result)}")
+    print(*(f"{name:>14}: {describe(result)}" for name, result in named.items()), sep="\n")
     print(f"run  {run}\nplot {plot}")
 
 

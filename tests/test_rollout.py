@@ -314,6 +314,17 @@ def test_sampling_frequencies_and_the_numbers_beside_them_are_those_of_the_tempe
         assert {row.tokens[-1] for row in rows} == {HM, UP, DOWN}
 
 
+def test_the_smallest_draw_does_not_pick_an_impossible_token(monkeypatch):
+    logits = torch.full((10,), -1e4)
+    logits[[HM, UP]] = 0.0
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    (row,) = play(Chain({GO: logits}), [Game()], max_response_tokens=1)
+    assert row.tokens[-1] == HM
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 1 - 2**-24))
+    (row,) = play(Chain({GO: logits}), [Game()], max_response_tokens=1)
+    assert row.tokens[-1] == UP
+
+
 def test_token_pieces_join_to_the_text_also_where_a_character_spans_tokens(tiny):
     tokenizer = load_tokenizer(str(tiny))
     text = "<think>a √ b</think>\n<answer>Up || √Down</answer>"

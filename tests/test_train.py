@@ -157,7 +157,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_equals_the_uninterrupted_on
     while not (folder / "checkpoint-0").exists():
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.02)
-    delay = random.SystemRandom().uniform(0, 3)
+    delay = random.SystemRandom().uniform(0, 1.6)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -254,16 +254,14 @@ def test_the_energy_is_the_frozen_references_and_not_the_policys(tiny, monkeypat
     with torch.no_grad():
         state.policy.model.norm.weight.mul_(2.0)
     train.iteration(settings, state, 0)
-    batch = []
-    monkeypatch.setattr(train, "update", lambda settings, state, made: batch.append(made) or {})
-    train.iteration(settings, state, 1)
-    expected = train.score_batch(state.reference, batch[0], settings).energy
-    assert seen[1].equal(expected) and not seen[1].equal(train.score_batch(state.policy, batch[0], settings).energy)
+    _, batch = train.iteration(settings, state, 1)
+    expected = train.score_batch(state.reference, batch, settings).energy
+    assert seen[1].equal(expected) and not seen[1].equal(train.score_batch(state.policy, batch, settings).energy)
     assert all(torch.equal(one, two) for one, two in zip(first, state.reference.parameters(), strict=True))
 
 
 def test_the_filter_trains_the_kept_groups_only(tiny, monkeypatch):
-    settings, batches = config(tiny, filter_fraction=0.5, mini_batch_size=4), []
+    settings = config(tiny, filter_fraction=0.5, mini_batch_size=4)
     state = train.build_state(settings)
     returns = iter([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
 
@@ -275,9 +273,8 @@ def test_the_filter_trains_the_kept_groups_only(tiny, monkeypatch):
 
     sample = train.sample
     monkeypatch.setattr(train, "sample", rows_with_returns)
-    monkeypatch.setattr(train, "update", lambda settings, state, batch: batches.append(batch) or {})
-    metrics = train.iteration(settings, state, 0)
-    assert batches[0].returns.tolist() == [0, 1, 0, 1] and metrics["return_mean"] == 0.75
+    metrics, batch = train.iteration(settings, state, 0)
+    assert batch.returns.tolist() == [0, 1, 0, 1] and metrics["return_mean"] == 0.75
 
 
 def test_levels_of_training_are_no_others(tiny):
@@ -438,6 +435,25 @@ def test_an_impossible_setting_is_one_line_and_code_2_and_leaves_no_folder(
     code, error = mistake(flags(**{"model": tiny, **wrong}), capsys)
     assert code == 2 and len(error) == 1 and part in error[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(strict=True, reason="only level 0's prompt is measured; a longer one ends in a traceback")
+def test_a_context_that_a_later_levels_prompt_does_not_fit_is_refused(tiny, tmp_path, capsys):
+    tokenizer = train.load_tokenizer(str(tiny))
+    episodes = train.make_episodes(config(tiny), range(16), 1)
+    lengths = [len(tokenizer.encode(train.opening_text(tokenizer, e.system(), e.user()))) for e in episodes]
+    assert max(lengths) > lengths[0]
+    options = {"model": tiny, "output_dir": tmp_path / "run", "eval_prompts": 16}
+    code, error = mistake(flags(**options, max_context=lengths[0] + SMOKE["max_response_tokens"]), capsys)
+    assert code == 2 and len(error) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(strict=True, reason="refused only after the first turn, by a traceback")
+def test_a_model_whose_template_rewrites_earlier_turns_is_refused_at_the_door(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    code, error = mistake(flags(model=tmp_path / "model", output_dir=tmp_path / "run"), capsys)
+    assert code == 2 and len(error) == 1 and "rewrites" in error[0] and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments", [

@@ -1,7 +1,6 @@
 """warmstart.py: what the scripted players write, and the tokenizer that reads it."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -132,8 +131,7 @@ def test_its_levels_are_neither_trained_on_nor_evaluated_on():
 def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     def losses():
         model = llama(len(tokenizer))
-        for _ in warmstart.train(model, tokenizer, 4, 0.3, 0):  # the learning rate has just begun to rise
-            pass
+        warmstart.train(model, tokenizer, [1.0] * 4, 0.3, 0)  # the learning rate has just begun to rise
         return [float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out)], model
 
     (first, model), (second, again) = losses(), losses()
@@ -141,10 +139,13 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_the_committed_model_plays_better_than_chance_but_not_well_and_keeps_the_format(game):
-    settings = train.Config(env=game, eval_prompts=48, eval_samples=2)
-    policy, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
-    result, _ = train.evaluate_policy(settings, policy, tokenizer)
-    assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
-    _, rows = train.evaluate_policy(replace(settings, eval_prompts=8, eval_temperature=1.0), policy, tokenizer)
+def test_the_committed_model_keeps_the_format(game):
+    settings = train.Config(env=game, eval_prompts=16, eval_samples=2, eval_temperature=1.0)
+    _, rows = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
     assert rollout_metrics(rows)["invalid_turns"] <= 0.03
+
+
+def test_the_committed_model_crosses_the_lake_more_often_than_chance_and_less_than_half_the_time():
+    settings = train.Config(eval_prompts=48, eval_samples=2)
+    result, _ = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
+    assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
