@@ -67,8 +67,9 @@ def save_checkpoint(
     run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict
 ) -> Path:
     """Write `checkpoint-{step}` so that a crash at any moment leaves the previous one loadable."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise FloatingPointError(f"refusing to save a policy with NaN or infinite weights at step {step}")
+    weights = [*model.parameters(), *state.get("critic", {}).values()]
+    if not all(weight.isfinite().all() for weight in weights):
+        raise FloatingPointError(f"refusing to save NaN or infinite weights at step {step}")
     final, temporary = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -107,7 +108,7 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the last whole one of a run folder."""
     if (path / STATE).is_file():
         return path
-    found = [p for p in path.glob("checkpoint-*") if (p / STATE).is_file()]
+    found = [p for p in path.glob("checkpoint-[0-9]*") if (p / STATE).is_file()]
     if not found:
         raise ValueError(f"no complete checkpoint in {str(path)!r}: expected a run folder or a checkpoint-N inside one")
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
@@ -136,7 +137,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def forget_later(run: Path, step: int) -> None:
     """Drop the checkpoints and the lines after `step`: a run that resumes there will write them again."""
-    for path in run.glob("checkpoint-*"):
+    for path in run.glob("checkpoint-[0-9]*"):
         if int(path.name.rpartition("-")[2]) > step:
             shutil.rmtree(path)
     for path in (run / "metrics.jsonl", run / "eval.jsonl"):

@@ -33,7 +33,17 @@ from baselines import KINDS, filter_groups, kl_estimate
 from checkpoint import State
 from envs import ENVS, Env, Episode, make_env, oracle_player, play, random_player
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
-from policy import TINY, TokenScores, load_critic, load_model, load_tokenizer, micro_batches, opening_text, score_tokens
+from policy import (
+    TINY,
+    TokenScores,
+    load_critic,
+    load_model,
+    load_tokenizer,
+    micro_batches,
+    opening_text,
+    score_tokens,
+    turn_text,
+)
 from rollout import Batch, PromptTooLong, Trajectory, rollout
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
@@ -110,7 +120,7 @@ class Config:
                              "step (num_prompts x num_generations x filter_fraction)")
 
 
-EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "output_dir"}  # may differ when a run resumes
+EXTENDABLE = {"max_steps", "eval_steps", "save_steps"}  # may differ when a run resumes
 
 PRESETS = {
     "laptop": {},
@@ -308,7 +318,9 @@ def build_state(config: Config) -> State:
     critic = load_critic(config.model) if config.algo == "ppo" else None
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate) if critic else None
     tokenizer, levels = load_tokenizer(config.model), make_episodes(config, range(config.eval_prompts), 1)
-    prompt = max(len(tokenizer.encode(opening_text(tokenizer, level.system(), level.user()))) for level in levels)
+    turn_text(tokenizer, "")  # refuses a chat template that cannot be followed
+    texts = [opening_text(tokenizer, level.system(), level.user()) for level in levels]
+    prompt = max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
     if prompt + config.max_response_tokens > config.max_context:
         raise ValueError(f"--max_context {config.max_context}: a prompt of {prompt} and a response of "
                          f"{config.max_response_tokens} tokens (--max_response_tokens) do not fit")
@@ -337,14 +349,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     parser.add_argument("--preset", choices=list(PRESETS), help="laptop is the default")
     parser.add_argument("--resume_from_checkpoint", type=Path, help="a run folder or a checkpoint-N in it")
     given = vars(parser.parse_args(argv))
-    preset, path = given.pop("preset", "laptop"), given.pop("resume_from_checkpoint", None)
+    path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = checkpoint.read_config(path.parent)
+        saved = {**checkpoint.read_config(path.parent), "output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
                 raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")
-        return Config(**{**saved, **given, "output_dir": str(path.parent)}), path
+        del saved["preset"]
+        return Config(**{**saved, **given}), path
+    preset = given.pop("preset", "laptop")
     changed = dict(PRESETS[preset])
     if preset == "paper" and (given.get("env", Config.env), given.get("algo", Config.algo)) in PAPER_FILTER:
         changed["filter_fraction"] = 0.25

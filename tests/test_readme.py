@@ -11,8 +11,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def _rows(heading: str) -> list[list[str]]:
     section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in section.splitlines() if line[:1] == "|"]
-    return rows[2:]  # without the header and its rule
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]  # without the header and its rule
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 def test_every_row_of_the_equation_map_names_a_function_its_equation_and_an_existing_test():
