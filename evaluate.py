@@ -28,12 +28,13 @@ import plots
 import train
 from actfocus import answer_span, token_weights
 from checkpoint import State
+from config import Config, config_parser
 from energy import action_bottleneck, group_means
 from envs import oracle_player, random_player
 from metrics import describe
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
-from train import Config, build_state, evaluate_player, evaluate_policy, make_episodes, score_batch
+from train import build_state, evaluate_player, evaluate_policy, make_episodes, score_batch
 
 BOTTLENECK_PROMPTS = 256  # groups of the diagnosis
 ROUNDS = 3  # of the bench
@@ -41,7 +42,7 @@ ROUNDS = 3  # of the bench
 
 def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     """What to do, the settings, and the model folder to look at."""
-    parser = train.config_parser(__doc__.splitlines()[0])
+    parser = config_parser(__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
     for name in ("show_tokens", "bottleneck", "bench"):
         parser.add_argument(f"--{name}", action="store_true", default=False)

@@ -12,14 +12,12 @@ P prompts, G rollouts each, B = P·G trajectories, T tokens.
 Differs from the paper: defaults marked "ours" fit two cores; a step whose gradient is not finite is skipped.
 """
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -29,12 +27,12 @@ from tqdm import tqdm
 import checkpoint
 import plots
 from actfocus import gae, group_advantages, policy_loss, token_weights, whiten
-from baselines import KINDS, filter_groups, kl_estimate
+from baselines import filter_groups, kl_estimate
 from checkpoint import State
-from envs import ENVS, Env, Episode, make_env, oracle_player, play, random_player
+from config import Config, parse
+from envs import Env, Episode, make_env, oracle_player, play, random_player
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
-    TINY,
     TokenScores,
     load_critic,
     load_model,
@@ -48,89 +46,6 @@ from rollout import Batch, PromptTooLong, Trajectory, rollout
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
-HUGE, ABOVE_0 = 1e9, 1e-12
-
-
-def within(low: float, high: float, default: float) -> Any:
-    """A number of `Config` and the interval it must lie in."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-def one_of(*allowed: str, default: str) -> Any:
-    """A name of `Config` and its choices."""
-    return field(default=default, metadata={"allowed": allowed})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a run. Names as in TRL where it has one, the paper's symbols for its own."""
-
-    model: str = str(TINY)  # folder or hub name of policy, reference and critic; paper: Qwen2.5-Instruct
-    env: str = one_of(*ENVS, default="frozenlake")  # the task
-    algo: str = one_of("grpo", "ppo", default="grpo")  # the advantage: grpo or ppo
-    weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
-    alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
-    beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
-    seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
-    max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
-    num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1
-    num_generations: int = within(1, HUGE, 16)  # G, rollouts a prompt, §5.1
-    mini_batch_size: int = within(1, HUGE, 32)  # trajectories an optimiser step, §5.1
-    micro_batch_tokens: int = within(1, HUGE, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
-    learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
-    critic_learning_rate: float = within(ABOVE_0, HUGE, 3e-4)  # of the critic (PPO); ours, paper 1e-5
-    max_grad_norm: float = within(ABOVE_0, HUGE, 1.0)  # gradient clipping; ours
-    clip_low: float = within(0, 1, 0.2)  # ε_low, Eq. (6)
-    clip_high: float = within(0, HUGE, 0.28)  # ε_high, Eq. (6)
-    gamma: float = within(0, 1, 1.0)  # γ of GAE, §5.1
-    lam: float = within(0, 1, 1.0)  # λ of GAE, §5.1
-    entropy_coef: float = within(0, HUGE, 0.001)  # entropy bonus, §5.1
-    kl_coef: float = within(0, HUGE, 0.0)  # KL loss, Eq. (15); paper 0 but for WebShop with GRPO
-    kl_kind: str = one_of(*KINDS, default="k1")  # estimator of that KL, §5.1
-    filter_fraction: float = within(ABOVE_0, 1, 1.0)  # groups kept, of most varied returns (StarPO-S); ours
-    temperature: float = within(ABOVE_0, HUGE, 1.0)  # of the rollouts, §5.1
-    max_response_tokens: int = within(1, HUGE, 96)  # tokens a response; ours, paper 400
-    max_context: int = within(1, HUGE, 1024)  # tokens a trajectory; ours, paper 3600
-    prompt_style: str = one_of("brief", "paper", default="brief")  # brief or paper; ours
-    max_turns: int = within(1, HUGE, 5)  # K, turns an episode, §5.1
-    actions_per_turn: int = within(1, HUGE, 2)  # actions an answer, §5.1
-    max_actions: int = within(1, HUGE, 10)  # actions an episode, §5.1
-    format_penalty: float = within(0, HUGE, 0.1)  # taken from the return for an invalid turn, §5.1
-    success_rate: float = within(ABOVE_0, 1, 1.0)  # FrozenLake: probability that a move goes where it is meant to; ours
-    frozen: float = within(0, 1, 0.8)  # FrozenLake: probability of ice
-    coordinates: bool = True  # Sokoban: positions as text above the grid; ours, for the tiny model
-    eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
-    eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
-    eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
-    eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
-    save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
-    output_dir: str = ""  # run folder; by default a new one under runs/
-
-    def __post_init__(self):
-        for name, value, limits in ((f.name, getattr(self, f.name), f.metadata) for f in fields(self)):
-            if value not in limits.get("allowed", (value,)):
-                raise ValueError(f"--{name} {value}: choose from {', '.join(limits['allowed'])}")
-            if "low" in limits and not limits["low"] <= value <= limits["high"]:
-                raise ValueError(f"--{name} {value}: must lie in [{limits['low']:g}, {limits['high']:g}]")
-        if self.algo == "grpo" and self.num_generations < 2:
-            raise ValueError("--num_generations 1: grpo compares the rollouts of a prompt and needs at least 2")
-        kept = max(1, round(self.filter_fraction * self.num_prompts)) * self.num_generations
-        if kept % self.mini_batch_size:
-            raise ValueError(f"--mini_batch_size {self.mini_batch_size}: must divide the {kept} trajectories kept a "
-                             "step (num_prompts x num_generations x filter_fraction)")
-
-
-EXTENDABLE = {"max_steps", "eval_steps", "save_steps"}  # may differ when a run resumes
-
-PRESETS = {
-    "laptop": {},
-    "smoke": dict(max_steps=2, num_prompts=2, num_generations=4, mini_batch_size=8, eval_prompts=8, eval_samples=2,
-                  eval_steps=2, save_steps=1),
-    "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_steps=200, learning_rate=1e-6, critic_learning_rate=1e-5,
-                  max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False, eval_prompts=32,
-                  eval_samples=16),
-}
-PAPER_FILTER = {("sokoban", "grpo"), ("sokoban", "ppo"), ("frozenlake", "ppo")}  # there it keeps 25 % of the groups
 
 
 def train(config: Config, state: State, run: Path) -> None:
@@ -326,51 +241,6 @@ def build_state(config: Config) -> State:
                          f"{config.max_response_tokens} tokens (--max_response_tokens) do not fit")
     return State(policy, reference, tokenizer, torch.optim.Adam(policy.parameters(), config.learning_rate),
                  torch.Generator().manual_seed(config.seed), critic, critic_optimizer)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, like all others."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; --help lists all flags")
-
-
-def config_parser(description: str) -> Parser:
-    """A flag per field of `Config`; only flags that were given reach the namespace."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, help=f"default {f.default!r}")
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
-    """Configuration and, when resuming, the checkpoint; a ValueError names a flag that is wrong."""
-    parser = config_parser(__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=list(PRESETS), help="laptop is the default")
-    parser.add_argument("--resume_from_checkpoint", type=Path, help="a run folder or a checkpoint-N in it")
-    given = vars(parser.parse_args(argv))
-    path = given.pop("resume_from_checkpoint", None)
-    if path is not None:
-        path = checkpoint.find_checkpoint(path)
-        saved = {**checkpoint.read_config(path.parent), "output_dir": str(path.parent), "preset": "as it was started"}
-        for name, value in given.items():
-            if name not in EXTENDABLE and value != saved[name]:
-                raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")
-        del saved["preset"]
-        return Config(**{**saved, **given}), path
-    preset = given.pop("preset", "laptop")
-    changed = dict(PRESETS[preset])
-    if preset == "paper" and (given.get("env", Config.env), given.get("algo", Config.algo)) in PAPER_FILTER:
-        changed["filter_fraction"] = 0.25
-    if changed:
-        print(f"preset {preset}:", " ".join(f"--{name} {value}" for name, value in changed.items()))
-    return Config(**{**changed, **given}), None
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
