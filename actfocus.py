@@ -151,7 +151,7 @@ def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Ten
 
 
 def gae(
-    rewards: Tensor, values: Tensor, is_response: Tensor, gamma: float = 1.0, lam: float = 1.0
+    rewards: Tensor, values: Tensor, is_response: Tensor, gamma: float | Tensor = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over response tokens. GAE, Eq. (12).
 
@@ -162,22 +162,23 @@ def gae(
 
     Args:
         rewards, values: (B, T); rₜ at the token that earned it, Vₜ before token t; read at response tokens only.
-        is_response: (B, T) bool.   gamma, lam: γ, λ in [0, 1].
+        is_response: (B, T) bool.   gamma, lam: γ, λ in [0, 1]; γ one number, or (B, T) of its own after each token.
     Returns:
         advantages, value_targets: (B, T), 0 outside the response, no gradient.
     Raises:
         ValueError: shapes differ, or γ or λ out of range.
     """
     _check_same_shape(rewards=rewards, values=values, is_response=is_response)
-    if not 0 <= gamma <= 1 or not 0 <= lam <= 1:
-        raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
+    gamma = torch.as_tensor(gamma, dtype=values.dtype).expand_as(values)
+    if not (gamma.min() >= 0 and gamma.max() <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma.min()} to {gamma.max()} and {lam}")
     values, rewards = torch.where(is_response, values.detach(), 0.0), rewards.detach()
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):
         here = is_response[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = torch.where(here, delta + gamma * lam * next_advantage, 0.0)
+        delta = rewards[:, t] + gamma[:, t] * next_value - values[:, t]
+        advantages[:, t] = torch.where(here, delta + gamma[:, t] * lam * next_advantage, 0.0)
         next_value = torch.where(here, values[:, t], next_value)
         next_advantage = torch.where(here, advantages[:, t], next_advantage)
     return advantages, advantages + values

@@ -16,6 +16,8 @@ from envs import ENVS
 from policy import TINY
 
 HUGE, ABOVE_0 = 1e9, 1e-12
+ALGOS = ("grpo", "ppo", "dapo", "empg", "poad", "ntpo", "carl")
+CRITIC = {"ppo", "poad", "ntpo"}  # those that have one
 
 
 def within(low: float, high: float, default: float) -> Any:
@@ -34,7 +36,7 @@ class Config:
 
     model: str = str(TINY)  # folder or hub name of policy, reference and critic; paper: Qwen2.5-Instruct
     env: str = one_of(*ENVS, default="frozenlake")  # the task
-    algo: str = one_of("grpo", "ppo", default="grpo")  # the advantage: grpo or ppo
+    algo: str = one_of(*ALGOS, default="grpo")  # the advantage, and how rollouts are made
     weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
@@ -51,6 +53,14 @@ class Config:
     clip_high: float = within(0, HUGE, 0.28)  # ε_high, Eq. (6)
     gamma: float = within(0, 1, 1.0)  # γ of GAE, §5.1
     lam: float = within(0, 1, 1.0)  # λ of GAE, §5.1
+    whiten_mini_batches: bool = False  # advantages to mean 0, variance 1 in each mini-batch; POAD
+    value_clip: float = within(0, HUGE, 0.0)  # how far a value may move from its old one, 0: any way; POAD 0.2
+    max_kl: float = within(0, HUGE, 0.0)  # k3 KL to π_old above which the policy skips a step, 0: none; POAD 0.02
+    kappa: float = within(0, HUGE, 1.0)  # κ, EMPG: how much certainty scales a step's advantage
+    kappa_bonus: float = within(0, HUGE, 1.0)  # κ', EMPG: how fast the bonus falls with the next step's entropy
+    zeta: float = within(0, HUGE, 0.05)  # ζ, EMPG: size of that bonus
+    overlong_buffer: float = within(ABOVE_0, 1, 0.2)  # L_buf / L_max, DAPO: last part of a response that costs
+    carl_first: int = within(1, HUGE, 1)  # N₀, CARL: rollouts of a prompt before forks begin
     entropy_coef: float = within(0, HUGE, 0.001)  # entropy bonus, §5.1
     kl_coef: float = within(0, HUGE, 0.0)  # KL loss, Eq. (15); paper 0 but for WebShop with GRPO
     kl_kind: str = one_of(*KINDS, default="k1")  # estimator of that KL, §5.1
@@ -79,8 +89,12 @@ class Config:
                 raise ValueError(f"--{name} {value}: choose from {', '.join(limits['allowed'])}")
             if "low" in limits and not limits["low"] <= value <= limits["high"]:
                 raise ValueError(f"--{name} {value}: must lie in [{limits['low']:g}, {limits['high']:g}]")
-        if self.algo == "grpo" and self.num_generations < 2:
-            raise ValueError("--num_generations 1: grpo compares the rollouts of a prompt and needs at least 2")
+        if self.algo not in CRITIC and self.num_generations < 2:
+            raise ValueError(f"--num_generations 1: {self.algo} compares the rollouts of a prompt and needs at least 2")
+        if self.algo == "carl" and self.carl_first > self.num_generations:
+            raise ValueError(f"--carl_first {self.carl_first}: must not exceed num_generations {self.num_generations}")
+        if self.algo == "dapo" and self.filter_fraction < 1:
+            raise ValueError(f"--filter_fraction {self.filter_fraction}: dapo chooses its groups itself; leave it at 1")
         kept = max(1, round(self.filter_fraction * self.num_prompts)) * self.num_generations
         if kept % self.mini_batch_size:
             raise ValueError(f"--mini_batch_size {self.mini_batch_size}: must divide the {kept} trajectories kept a "
@@ -96,6 +110,14 @@ PRESETS = {
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_steps=200, learning_rate=1e-6, critic_learning_rate=1e-5,
                   max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False, eval_prompts=32,
                   eval_samples=16),
+}
+_POAD = dict(gamma=0.95, lam=0.95, clip_high=0.2, whiten_mini_batches=True, value_clip=0.2, max_kl=0.02,
+             entropy_coef=0.01)
+ALGO_SETTINGS = {  # what the methods' own papers set otherwise
+    "dapo": dict(entropy_coef=0.0),
+    "poad": _POAD,
+    "ntpo": _POAD,
+    "carl": dict(clip_high=0.2, entropy_coef=0.0),
 }
 PAPER_FILTER = {("sokoban", "grpo"), ("sokoban", "ppo"), ("frozenlake", "ppo")}  # there it keeps 25 % of the groups
 
@@ -134,9 +156,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     changed = dict(PRESETS[preset])
     if preset == "paper" and (given.get("env", Config.env), given.get("algo", Config.algo)) in PAPER_FILTER:
         changed["filter_fraction"] = 0.25
-    if changed:
-        print(f"preset {preset}:", " ".join(f"--{name} {value}" for name, value in changed.items()))
-    return Config(**{**changed, **given}), None
+    own = ALGO_SETTINGS.get(given.get("algo"), {})
+    for name, settings in ((f"preset {preset}", changed), (f"algo {given.get('algo')}", own)):
+        if settings:
+            print(f"{name}:", " ".join(f"--{key} {value}" for key, value in settings.items()))
+    return Config(**{**changed, **own, **given}), None
 
 
 def _boolean(text: str) -> bool:

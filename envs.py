@@ -14,6 +14,7 @@ Differs from the paper: the wording of the prompts is ours; so is `brief`, the s
 """
 
 import argparse
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -67,6 +68,9 @@ class Sokoban:
         starts = [(cell, self.targets) for cell in self.floor - self.targets]
         self.distance = _search_pulls(self.floor, starts)  # state → moves to the solution
         return self._observe(), {"success": False, "valid": True}
+
+    def reseed(self, replica: int) -> None:
+        """Other luck from here on: there is none."""
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Walk or push one cell; into a wall nothing moves but the action is spent."""
@@ -210,8 +214,12 @@ class FrozenLake:
         self.lake = FrozenLakeEnv(desc=letters.split("\n"), is_slippery=self.success_rate < 1,
                                   success_rate=self.success_rate)
         self.lake.reset(seed=int(np.random.SeedSequence([seed, replica]).generate_state(1)[0]))
-        self.player, self.actions_left, self.values = self.start, self.max_actions, None
+        self.seed, self.player, self.actions_left, self.values = seed, self.start, self.max_actions, None
         return self._observe(), {"success": False, "valid": True}
+
+    def reseed(self, replica: int) -> None:
+        """Other luck from here on."""
+        self.lake.np_random = np.random.default_rng([self.seed, replica, self.actions_left])
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Slide one cell, perhaps not the intended one."""
@@ -308,6 +316,8 @@ class Episode:
     replica: int = 0
     style: str = "paper"
     format_penalty: float = 0.1
+    reseeds: dict[int, int] = field(default_factory=dict)  # turn → replica whose luck holds from there on
+    answers: list[str | None] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)  # r_k of every turn, penalty included
     invalid_turns: int = 0
     done: bool = False
@@ -344,6 +354,9 @@ class Episode:
         """Run one turn's answer; returns the next user message, or None when the episode is over."""
         if self.done:
             raise RuntimeError("act() after the end of the episode")
+        if len(self.rewards) in self.reseeds:
+            self.env.reseed(self.reseeds[len(self.rewards)])
+        self.answers.append(answer)
         parts = [part.strip() for part in (answer or "").split("||") if part.strip()]
         names = {name.lower(): name for name in self.env.actions}
         reward, valid = 0.0, False
@@ -357,6 +370,14 @@ class Episode:
         self.rewards.append(reward - self.format_penalty * (not valid))
         self.done = self.done or len(self.rewards) == self.env.max_turns
         return None if self.done else self.user(reward)
+
+    def fork(self, turn: int, replica: int) -> "Episode":
+        """A copy that stands before `turn` (0 is the first) and has its own luck from there on; this one stays."""
+        reseeds = {k: luck for k, luck in self.reseeds.items() if k < turn} | {turn: replica}
+        fork = Episode(copy.copy(self.env), self.seed, self.replica, self.style, self.format_penalty, reseeds)
+        for answer in self.answers[:turn]:  # the level and its luck are functions of the seeds, so history repeats
+            fork.act(answer)
+        return fork
 
 
 Player = Callable[[Env, np.random.Generator], list[str]]  # the actions of one turn

@@ -31,10 +31,11 @@ from checkpoint import State
 from config import Config, config_parser
 from energy import action_bottleneck, group_means
 from envs import oracle_player, random_player
+from methods import make_episodes
 from metrics import describe
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
-from train import build_state, evaluate_player, evaluate_policy, make_episodes, score_batch
+from train import build_state, evaluate_player, evaluate_policy, score_batch
 
 BOTTLENECK_PROMPTS = 256  # groups of the diagnosis
 ROUNDS = 3  # of the bench

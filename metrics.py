@@ -21,6 +21,7 @@ def rollout_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
         groups.setdefault(episode.seed, set()).add(value)
     turns = sum(len(episode.rewards) for episode in episodes)
     return {
+        "trajectories": len(rows),
         "success": float(np.mean([episode.success for episode in episodes])),
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),

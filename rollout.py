@@ -39,6 +39,7 @@ class Trajectory:
     entropy: list[float]  # of π_old, nats
     score_norm: list[float]  # ‖∇ log π_old(yₜ)‖ with respect to the logits
     spans: list[tuple[int, int]] = field(default_factory=list)  # responses o_k: tokens[start:end]
+    first_turn: int = 0  # turns before it were sampled by the trajectory this one was forked from
 
     @classmethod
     def start(cls, episode: Episode, prompt: Sequence[int]) -> "Trajectory":
@@ -46,6 +47,13 @@ class Trajectory:
         row = cls(episode, [], [], [], [], [], [])
         row.read(prompt)
         return row
+
+    def fork(self, turn: int, replica: int) -> "Trajectory":
+        """The prefix before response `turn` as a trajectory to be continued."""
+        end = self.spans[turn][0]
+        columns = (self.tokens, self.is_response, self.is_action, self.logp, self.entropy, self.score_norm)
+        prefix = [column[:end] for column in columns]
+        return Trajectory(self.episode.fork(turn, replica), *prefix, self.spans[:turn], turn)
 
     def read(self, ids: Sequence[int]) -> None:
         """Append tokens that the policy did not write."""
@@ -84,11 +92,15 @@ class Batch:
     old_logp: Tensor
     entropy: Tensor
     score_norm: Tensor
+    turn: Tensor  # k of the response oₖ the token belongs to, from 0; -1 outside
+    is_turn_end: Tensor  # the last token of its response
+    rewards: Tensor  # rₖ on the last token of oₖ, else 0
     returns: Tensor  # (B,) R(τ)
     lengths: Tensor  # (B,) tokens of each row
     ref_logp: Tensor | None = None
     energy: Tensor | None = None
     advantages: Tensor | None = None
+    values: Tensor | None = None  # the critic's, before the update
     value_targets: Tensor | None = None
     weights: Tensor | None = None
 
@@ -100,9 +112,22 @@ class Batch:
         logp, entropy, score_norm = (
             pad([getattr(row, name) for row in rows], torch.float32) for name in ("logp", "entropy", "score_norm")
         )
+        turn, rewards = torch.full(is_response.shape, -1), torch.zeros(is_response.shape)
+        is_turn_end = torch.zeros_like(is_response)
+        for b, row in enumerate(rows):
+            for k, (start, end) in enumerate(row.spans):
+                turn[b, start:end], is_turn_end[b, end - 1], rewards[b, end - 1] = k, True, row.episode.rewards[k]
         return cls(pad([row.tokens for row in rows], torch.int64), is_response, is_action, is_response & ~is_action,
-                   logp, entropy, score_norm, torch.tensor([row.episode.return_ for row in rows]),
+                   logp, entropy, score_norm, turn, is_turn_end, rewards,
+                   torch.tensor([row.episode.return_ for row in rows]),
                    torch.tensor([len(row.tokens) for row in rows]))
+
+    def keep(self, mask: Tensor) -> None:
+        """Only the response tokens in `mask` are trained from now on; what follows a row's last one is cut off."""
+        for name in ("is_response", "is_action", "is_reasoning"):
+            setattr(self, name, getattr(self, name) & mask)
+        positions = torch.arange(1, mask.shape[1] + 1)
+        self.lengths = torch.where(self.is_response, positions, 1).amax(1)
 
     def take(self, rows: Sequence[int] | Tensor) -> "Batch":
         """These rows, as wide as the longest of them."""
@@ -195,26 +220,37 @@ class Engine:
         return self.model.get_output_embeddings()(hidden[torch.arange(len(last), device=device), last]).float()
 
 
-@torch.no_grad()
 def rollout(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], generator: torch.Generator,
     temperature: float = 1.0, max_response_tokens: int = 96, max_context: int = 2048, engine: Engine | None = None,
 ) -> list[Trajectory]:
-    """Play every episode to its end under `model`.
+    """Play every fresh episode to its end under `model`; arguments and errors as in `play_on`."""
+    texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
+    prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+    rows = [Trajectory.start(episode, prompts[text]) for episode, text in zip(episodes, texts, strict=True)]
+    return play_on(model, tokenizer, rows, generator, temperature, max_response_tokens, max_context, engine)
+
+
+@torch.no_grad()
+def play_on(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Trajectory], generator: torch.Generator,
+    temperature: float = 1.0, max_response_tokens: int = 96, max_context: int = 2048, engine: Engine | None = None,
+) -> list[Trajectory]:
+    """Continue B trajectories, each before a response, to the end of their episodes.
 
     Args:
-        episodes: B fresh episodes; equal prompts are run once.   generator: of all sampling, on the model's device.
+        rows: equal prefixes are run once.   generator: of all sampling, on the model's device.
         temperature: > 0.   max_response_tokens: a longer response is cut, which makes its turn invalid.
         max_context: an episode whose next turn might not fit ends there.
     Returns:
-        B trajectories in the order of `episodes`.
+        The same B trajectories, in order.
     Raises:
         ValueError: temperature not above 0.   PromptTooLong: a prompt that leaves no room for a response.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     engine = engine or Engine(model)
-    rows, logits = _read_prompts(engine, tokenizer, episodes, max_context - max_response_tokens, max_context)
+    logits = _read_prefixes(engine, rows, max_context - max_response_tokens, max_context)
     order, pending = list(rows), {}  # slot → trajectory; id of a waiting trajectory → tokens it has still to read
     may_end = _may_end(tokenizer)
     writing = live = len(order)
@@ -245,20 +281,17 @@ def rollout(
     return rows
 
 
-def _read_prompts(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], room: int, capacity: int
-) -> tuple[list[Trajectory], Tensor]:
-    """Every different prompt once, then a copy of its cache for each of its rollouts."""
-    texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
-    prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
-    longest = max(map(len, prompts.values()))
+def _read_prefixes(engine: Engine, rows: Sequence[Trajectory], room: int, capacity: int) -> Tensor:
+    """Every different prefix once, then a copy of its cache for each of its rollouts; (B, V) logits after it."""
+    prefixes = list(dict.fromkeys(tuple(row.tokens) for row in rows))
+    longest = max(map(len, prefixes))
     if longest > room:
         raise PromptTooLong(f"a prompt of {longest} tokens leaves no room for a response: max_context allows {room}")
-    logits = engine.forward(list(prompts.values()), 0, [0] * len(prompts))
-    number = {text: i for i, text in enumerate(prompts)}
-    index = torch.tensor([number[text] for text in texts], device=logits.device)
+    logits = engine.forward(prefixes, 0, [0] * len(prefixes))
+    number = {prefix: i for i, prefix in enumerate(prefixes)}
+    index = torch.tensor([number[tuple(row.tokens)] for row in rows], device=logits.device)
     engine.cache.expand(index, capacity)
-    return [Trajectory.start(*pair) for pair in zip(episodes, map(prompts.get, texts), strict=True)], logits[index]
+    return logits[index]
 
 
 def _write(rows, logits, temperature, generator, may_end, tokenizer, max_response_tokens) -> list[int]:

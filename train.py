@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import plots
-from actfocus import gae, group_advantages, policy_loss, token_weights, whiten
-from baselines import filter_groups, kl_estimate
+from actfocus import policy_loss, token_weights, whiten
+from baselines import kl_estimate, value_loss
 from checkpoint import State
-from config import Config, parse
-from envs import Env, Episode, make_env, oracle_player, play, random_player
+from config import CRITIC, Config, parse
+from envs import oracle_player, play, random_player
+from methods import METHODS, build_env, make_episodes
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
     TokenScores,
@@ -44,7 +44,6 @@ from policy import (
 )
 from rollout import Batch, PromptTooLong, Trajectory, rollout
 
-FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
 
 
@@ -59,45 +58,22 @@ def train(config: Config, state: State, run: Path) -> None:
 
 def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float], Batch]:
     """The algorithm: sample, score, weigh, update. Returns the step's metrics and its batch."""
-    start = time.perf_counter()
-    rows = sample(config, state, step)  # P·G trajectories under π_old
-    returns = torch.tensor([row.episode.return_ for row in rows])
-    kept = filter_groups(returns, config.num_generations, config.filter_fraction)
-    batch = Batch.of([rows[i] for i in kept])
+    start, method = time.perf_counter(), METHODS[config.algo]
+    sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
+    returns = torch.tensor([row.episode.return_ for row in sampled_rows])
+    rows = [sampled_rows[i] for i in method.keep(config, returns)]
+    batch = Batch.of(rows)
     sampled = time.perf_counter()
     reference = score_batch(state.reference, batch, config)
     batch.energy, batch.ref_logp = reference.energy, reference.logp  # Eₜ under π_ref, Eq. (4)
     scored = time.perf_counter()
-    batch.advantages = ADVANTAGES[config.algo](config, state, batch)  # Aₜ, Eq. (3) or (12)
+    batch.advantages = method.advantages(config, state, batch, rows)  # Aₜ, Eq. (3) or (12)
     alpha, beta = (config.alpha, config.beta) if config.weights == "actfocus" else (1.0, 0.0)
     batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, alpha, beta)  # wₜ, Eq. (5)
     updated = update(config, state, batch)  # Eq. (6)
     seconds = {"seconds_rollout": sampled - start, "seconds_reference": scored - sampled,
                "seconds_update": time.perf_counter() - scored}
-    return {**rollout_metrics(rows), **token_metrics(batch), **updated, **seconds}, batch
-
-
-def sample(config: Config, state: State, step: int) -> list[Trajectory]:
-    """G rollouts of each of the step's P prompts. Its levels are no other step's, whatever the seed."""
-    first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts
-    episodes = make_episodes(config, range(first, first + config.num_prompts), config.num_generations)
-    return rollout(state.policy, state.tokenizer, episodes, state.generator, config.temperature,
-                   config.max_response_tokens, config.max_context)
-
-
-def make_episodes(config: Config, seeds: Sequence[int], samples: int) -> list[Episode]:
-    """`samples` episodes of each level, a level's adjacent; they share the level, not their luck."""
-    return [Episode(build_env(config), seed, replica, config.prompt_style, config.format_penalty)
-            for seed in seeds for replica in range(samples)]
-
-
-def build_env(config: Config) -> Env:
-    """The environment with the run's options and budgets."""
-    options = {"sokoban": dict(coordinates=config.coordinates),
-               "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen)}
-    env = make_env(config.env, **options[config.env])
-    env.max_turns, env.actions_per_turn, env.max_actions = config.max_turns, config.actions_per_turn, config.max_actions
-    return env
+    return {**rollout_metrics(sampled_rows), **token_metrics(batch), **updated, **seconds}, batch
 
 
 def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Config) -> TokenScores:
@@ -112,68 +88,61 @@ def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Confi
     return scores
 
 
-def grpo_advantages(config: Config, state: State, batch: Batch) -> Tensor:
-    """(B, T): the group advantage on every token of its row. Eq. (3)."""
-    advantages = group_advantages(batch.returns, config.num_generations)
-    return torch.where(batch.is_response, advantages[:, None], 0.0)
-
-
-def ppo_advantages(config: Config, state: State, batch: Batch) -> Tensor:
-    """(B, T): GAE with R(τ) on the last response token, whitened over response tokens. Eq. (12)."""
-    values = torch.zeros(batch.tokens.shape)
-    with torch.no_grad():
-        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens):
-            part = batch.take(rows)
-            values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response)
-    advantages, batch.value_targets = gae(batch.final_rewards(), values, batch.is_response, config.gamma, config.lam)
-    return whiten(advantages, batch.is_response)
-
-
-ADVANTAGES = {"grpo": grpo_advantages, "ppo": ppo_advantages}
-
-
 def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
     """One epoch of optimiser steps over mini-batches; each is cut into micro-batches whose gradients add up."""
-    sums = dict.fromkeys(("loss", "value_loss", "clip_fraction", "logp_gap_max"), 0.0)
     order = torch.randperm(len(batch.returns), generator=state.generator)
-    mini_batches = [batch.take(rows) for rows in order.split(config.mini_batch_size)]
-    norms, skipped = [], state.skipped
-    for number, mini in enumerate(mini_batches):
-        total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
-        for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens):
-            part = mini.take(rows)
-            scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
-            loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
-                               config.clip_high, total_weight)
-            regulariser = -config.entropy_coef * scores.entropy
-            if config.kl_coef:
-                regulariser = regulariser + config.kl_coef * kl_estimate(scores.logp, part.ref_logp, config.kl_kind)
-            (loss + regulariser[part.is_response].sum() / tokens).backward()
-            sums["loss"] += loss.item() / len(mini_batches)
-            if state.critic:
-                error = state.critic(part.tokens, part.is_response) - part.value_targets
-                value_loss = error.square().sum() / 2 / tokens
-                value_loss.backward()
-                sums["value_loss"] += value_loss.item() / len(mini_batches)
-            log_ratio = torch.where(part.is_response, scores.logp.detach() - part.old_logp, 0.0)
-            if number == 0:  # before the first optimiser step π_θ is π_old, so the ratio must be 1
-                sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().max().item())
-            outside = clipped(log_ratio, part.advantages, config.clip_low, config.clip_high)
-            sums["clip_fraction"] += outside / int(batch.is_response.sum())
-        norms.append(optimizer_step(config, state))
+    minis = [mini for rows in order.split(config.mini_batch_size) if (mini := batch.take(rows)).is_response.any()]
+    sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max", "kl"), 0.0)
+    norms, skipped, over_kl = [], state.skipped, 0
+    for number, mini in enumerate(minis):
+        if config.whiten_mini_batches:
+            mini.advantages = whiten(mini.advantages, mini.is_response)
+        before = sums["kl"]
+        add_gradients(config, state, mini, sums, first=number == 0)
+        too_far = 0 < config.max_kl < sums["kl"] - before
+        over_kl += too_far
+        norms.append(optimizer_step(config, state, policy_too=not too_far))
     finite = [norm for norm in norms if math.isfinite(norm)]
+    tokens, count = max(1, int(batch.is_response.sum())), max(1, len(minis))
     k3 = kl_estimate(batch.old_logp, batch.ref_logp, "k3")[batch.is_response]
-    return {**sums, "kl_ref": k3.mean().item(), "grad_norm": sum(finite) / max(1, len(finite)),
-            "skipped_steps": state.skipped - skipped}
+    return {"loss": sums["loss"] / count, "value_loss": sums["value_loss"] / count,
+            "clip_fraction": sums["clipped"] / tokens, "logp_gap_max": sums["logp_gap_max"],
+            "kl_ref": k3.sum().item() / tokens, "grad_norm": sum(finite) / max(1, len(finite)),
+            "skipped_steps": state.skipped - skipped, "over_kl_steps": over_kl}
 
 
-def optimizer_step(config: Config, state: State) -> float:
+def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, float], first: bool) -> None:
+    """Loss and gradient of one mini-batch, a micro-batch at a time; every mean is over the whole mini-batch."""
+    total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
+    for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens):
+        part = mini.take(rows)
+        scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
+        loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
+                           config.clip_high, total_weight)
+        regulariser = -config.entropy_coef * scores.entropy
+        if config.kl_coef:
+            regulariser = regulariser + config.kl_coef * kl_estimate(scores.logp, part.ref_logp, config.kl_kind)
+        (loss + regulariser[part.is_response].sum() / tokens).backward()
+        sums["loss"] += loss.item()
+        if state.critic:
+            values = state.critic(part.tokens, part.is_response)
+            error = value_loss(values, part.values, part.value_targets, config.value_clip).sum() / tokens
+            error.backward()
+            sums["value_loss"] += error.item()
+        log_ratio = torch.where(part.is_response, scores.logp.detach() - part.old_logp, 0.0)
+        if first:  # before the first optimiser step π_θ is π_old, so the ratio must be 1
+            sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().max().item())
+        sums["clipped"] += clipped(log_ratio, part.advantages, config.clip_low, config.clip_high)
+        sums["kl"] += kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3").sum().item() / tokens
+
+
+def optimizer_step(config: Config, state: State, policy_too: bool = True) -> float:
     """Clip the gradient and step; a gradient that is not finite changes nothing, and five in a row end the run."""
     pairs = [(state.policy, state.optimizer)] + ([(state.critic, state.critic_optimizer)] if state.critic else [])
     norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm) for model, _ in pairs]
     good = all(norm.isfinite() for norm in norms)
-    for _, optimizer in pairs:
-        if good:
+    for model, optimizer in pairs:
+        if good and (policy_too or model is not state.policy):
             optimizer.step()
         optimizer.zero_grad()
     state.skipped += not good
@@ -230,7 +199,7 @@ def evaluate_player(config: Config, player) -> dict:
 def build_state(config: Config) -> State:
     """Policy, frozen reference and critic, all copies of one model; Adam as in the paper."""
     policy, reference = load_model(config.model), load_model(config.model).requires_grad_(False)
-    critic = load_critic(config.model) if config.algo == "ppo" else None
+    critic = load_critic(config.model) if config.algo in CRITIC else None
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate) if critic else None
     tokenizer, levels = load_tokenizer(config.model), make_episodes(config, range(config.eval_prompts), 1)
     turn_text(tokenizer, "")  # refuses a chat template that cannot be followed
