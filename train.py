@@ -45,6 +45,7 @@ from policy import (
     turn_text,
 )
 from rollout import Batch, PromptTooLong, Trajectory, rollout
+from sudoku import GIVENS
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
@@ -92,13 +93,15 @@ class Config:
     max_response_tokens: int = within(1, HUGE, 96)  # tokens a response; ours, paper 400
     max_context: int = within(1, HUGE, 1024)  # tokens a trajectory; ours, paper 3600
     prompt_style: str = one_of("brief", "paper", default="brief")  # brief or paper; ours
-    max_turns: int = within(1, HUGE, 5)  # K, turns an episode, §5.1
-    actions_per_turn: int = within(1, HUGE, 2)  # actions an answer, §5.1
-    max_actions: int = within(1, HUGE, 10)  # actions an episode, §5.1
+    max_turns: int = within(0, HUGE, 0)  # K, turns an episode; 0: the environment's own, §5.1
+    actions_per_turn: int = within(0, HUGE, 0)  # actions an answer; 0: the environment's own, §5.1
+    max_actions: int = within(0, HUGE, 0)  # actions an episode; 0: the environment's own, §5.1
     format_penalty: float = within(0, HUGE, 0.1)  # taken from the return for an invalid turn, §5.1
     success_rate: float = within(ABOVE_0, 1, 1.0)  # FrozenLake: probability that a move goes where it is meant to; ours
     frozen: float = within(0, 1, 0.8)  # FrozenLake: probability of ice
     coordinates: bool = True  # Sokoban: positions as text above the grid; ours, for the tiny model
+    sudoku_level: str = one_of(*GIVENS, default="easy")  # Sudoku: easy has 10 givens, medium 9, hard 6
+    hints: bool = True  # Sudoku: the legal digits of every blank below the board
     eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
     eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
@@ -177,12 +180,18 @@ def make_episodes(config: Config, seeds: Sequence[int], samples: int) -> list[Ep
 
 
 def build_env(config: Config) -> Env:
-    """The environment with the run's options and budgets."""
-    options = {"sokoban": dict(coordinates=config.coordinates),
-               "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen)}
-    env = make_env(config.env, **options[config.env])
-    env.max_turns, env.actions_per_turn, env.max_actions = config.max_turns, config.actions_per_turn, config.max_actions
+    """The environment with the run's options, and with those of its budgets that the run sets."""
+    env = make_env(config.env, **env_options(config))
+    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+        setattr(env, budget, getattr(config, budget) or getattr(env, budget))
     return env
+
+
+def env_options(config: Config) -> dict:
+    """The settings that belong to the run's environment alone."""
+    return {"sokoban": dict(coordinates=config.coordinates),
+            "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen),
+            "sudoku": dict(level=config.sudoku_level, hints=config.hints)}[config.env]
 
 
 def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Config) -> TokenScores:
@@ -352,7 +361,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = {**checkpoint.read_config(path.parent), "output_dir": str(path.parent), "preset": "as it was started"}
+        saved = {**asdict(Config()), **checkpoint.read_config(path.parent)}  # an older run lacks newer settings
+        saved |= {"output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
                 raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")
