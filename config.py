@@ -6,7 +6,7 @@ A field of `Config` is a flag of train.py and evaluate.py. Its comment says what
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import checkpoint
 from baselines import KINDS
 from envs import ENVS
 from policy import TINY
+from sudoku import GIVENS
 
 HUGE, ABOVE_0 = 1e9, 1e-12
 ALGOS = ("grpo", "ppo", "dapo", "empg", "poad", "ntpo", "carl")
@@ -69,13 +70,18 @@ class Config:
     max_response_tokens: int = within(1, HUGE, 96)  # tokens a response; ours, paper 400
     max_context: int = within(1, HUGE, 1024)  # tokens a trajectory; ours, paper 3600
     prompt_style: str = one_of("brief", "paper", default="brief")  # brief or paper; ours
-    max_turns: int = within(1, HUGE, 5)  # K, turns an episode, §5.1
-    actions_per_turn: int = within(1, HUGE, 2)  # actions an answer, §5.1
-    max_actions: int = within(1, HUGE, 10)  # actions an episode, §5.1
+    max_turns: int = within(0, HUGE, 0)  # K, turns an episode, 0: the environment's own, §5.1
+    actions_per_turn: int = within(0, HUGE, 0)  # actions an answer, 0: the environment's own, §5.1
+    max_actions: int = within(0, HUGE, 0)  # actions an episode, 0: the environment's own, §5.1
     format_penalty: float = within(0, HUGE, 0.1)  # taken from the return for an invalid turn, §5.1
     success_rate: float = within(ABOVE_0, 1, 1.0)  # FrozenLake: probability that a move goes where it is meant to; ours
     frozen: float = within(0, 1, 0.8)  # FrozenLake: probability of ice
     coordinates: bool = True  # Sokoban: positions as text above the grid; ours, for the tiny model
+    sudoku_level: str = one_of(*GIVENS, default="easy")  # Sudoku: easy has 10 givens, medium 9, hard 6
+    hints: bool = True  # Sudoku: the legal digits of every blank below the board
+    webshop_data: str = ""  # WebShop: folder of the official files; by default the built-in shop
+    results_per_page: int = within(1, 50, 10)  # WebShop: results a page
+    title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that results show, 0: all
     eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
     eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
@@ -146,7 +152,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = {**checkpoint.read_config(path.parent), "output_dir": str(path.parent), "preset": "as it was started"}
+        saved = {**asdict(Config()), **checkpoint.read_config(path.parent)}  # an older run lacks newer settings
+        saved |= {"output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
                 raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")

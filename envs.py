@@ -1,12 +1,13 @@
 """The games, and the turn protocol that puts them to a language model.
 
-Section 5.1 and the appendix of the paper (arXiv:2605.14558v1): SimpleSokoban and CoordFrozenLake.
+Section 5.1 and the appendix of the paper (arXiv:2605.14558v1): SimpleSokoban, CoordFrozenLake; Sudoku has its own file.
 An environment is text in, text out: `reset(seed) -> (observation, info)` and Gymnasium's five-tuple
-`step(action) -> (observation, reward, terminated, truncated, info)`, one action a step. `info["success"]`:
-the task is done; `info["valid"]`: the action was understood. Every random draw comes from generators
-seeded by `reset(seed, replica)`: the seed fixes the level, the replica only the luck in it (slips), so the G
-rollouts of one prompt share a level and not their luck. `Episode` adds the turns: several actions an
-answer, budgets, rewards as text, the format penalty. No torch here.
+`step(action) -> (observation, reward, terminated, truncated, info)`, one action a step, whatever its case and outer
+white space. `info["success"]`: the task is done; `info["valid"]`: the action was understood. `moves` tells the model
+how actions are written, `legal_actions()` lists those of the moment. Every random draw comes from generators seeded
+by `reset(seed, replica)`: the seed fixes the level, the replica only the luck in it (slips), so the G rollouts of one
+prompt share a level and not their luck. `Episode` adds the turns: several actions an answer, budgets, rewards as
+text, the format penalty. No torch here.
 
     python envs.py --env sokoban --seed 3        # play it yourself; ? asks the oracle
 
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
+
+from sudoku import Sudoku
 
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}  # (row, column) of every move
 FORMAT = "<think>your reasoning</think><answer>your actions</answer>"
@@ -43,6 +46,7 @@ class Sokoban:
     """
 
     actions = tuple(STEPS)
+    moves = ", ".join(actions)
     max_turns, actions_per_turn, max_actions = 5, 2, 10
     task = (
         "You are solving a Sokoban puzzle: push every box onto a target. You push a box by walking into it; you "
@@ -74,7 +78,8 @@ class Sokoban:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Walk or push one cell; into a wall nothing moves but the action is spent."""
-        if action not in STEPS:
+        action = _named(action, self.actions)
+        if action is None:
             return self._observe(), 0.0, False, False, {"success": False, "valid": False}
         on_before = len(self.state[1] & self.targets)
         self.state = self._move(self.state, action)
@@ -84,6 +89,10 @@ class Sokoban:
         reward = -0.1 + (on_after - on_before) + 10.0 * solved
         truncated = not solved and self.actions_left == 0
         return self._observe(), reward, solved, truncated, {"success": solved, "valid": True}
+
+    def legal_actions(self) -> list[str]:
+        """All four moves, into a wall too."""
+        return list(self.actions)
 
     def best_actions(self) -> list[str]:
         """All first moves of shortest solutions; empty where the room can no longer be solved."""
@@ -183,6 +192,7 @@ class FrozenLake:
     """
 
     actions = ("Left", "Down", "Right", "Up")  # Gymnasium's order
+    moves = ", ".join(actions)
     max_turns, actions_per_turn, max_actions = 5, 2, 10
     task = (
         "You are crossing a frozen lake: reach the goal and do not step into a hole. On slippery ice a move may "
@@ -223,13 +233,18 @@ class FrozenLake:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Slide one cell, perhaps not the intended one."""
-        if action not in self.actions:
+        action = _named(action, self.actions)
+        if action is None:
             return self._observe(), 0.0, False, False, {"success": False, "valid": False}
         index, reward, terminated, *_ = self.lake.step(self.actions.index(action))
         self.player = divmod(int(index), self.size)
         self.actions_left -= 1
         truncated = not terminated and self.actions_left == 0
         return self._observe(), float(reward), terminated, truncated, {"success": reward > 0, "valid": True}
+
+    def legal_actions(self) -> list[str]:
+        """All four moves, off the edge too."""
+        return list(self.actions)
 
     def best_actions(self) -> list[str]:
         """All actions that are best with the actions left: finite-horizon value iteration, 0.99 a step."""
@@ -277,6 +292,11 @@ class FrozenLake:
                 f"Holes {_cells(self.holes)}.\n{grid}")
 
 
+def _named(action: str, names: Iterable[str]) -> str | None:
+    """The name that is meant, without regard to case and outer white space."""
+    return next((name for name in names if name.lower() == str(action).strip().lower()), None)
+
+
 def _add(cell: Cell, step: Cell, times: int = 1) -> Cell:
     return cell[0] + times * step[0], cell[1] + times * step[1]
 
@@ -291,8 +311,8 @@ def _cells(cells: Iterable[Cell]) -> str:
     return " ".join(str(cell) for cell in sorted(cells)) or "none"
 
 
-ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake}
-Env = Sokoban | FrozenLake
+ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake, "sudoku": Sudoku}
+Env = Sokoban | FrozenLake | Sudoku
 
 
 def make_env(name: str, **options) -> Env:
@@ -306,9 +326,9 @@ def make_env(name: str, **options) -> Env:
 class Episode:
     """One trajectory seen from the environment's side: K turns, one answer each.
 
-    The answer is split at `||`; names match without regard to case; at most `actions_per_turn` are kept; each
-    runs until the episode ends. A turn without the response structure (answer None) or without any valid action
-    moves nothing and costs `format_penalty`, which the return counts and the model is not shown.
+    The answer is split at `||`; at most `actions_per_turn` parts are kept; each runs until the episode ends. A turn
+    without the response structure (answer None) or without any valid action moves nothing and costs `format_penalty`,
+    which the return counts and the model is not shown.
     """
 
     env: Env
@@ -335,10 +355,10 @@ class Episode:
 
     def system(self) -> str:
         """What the model is told once, before the first turn."""
-        env, names = self.env, ", ".join(self.env.actions)
+        env = self.env
         if self.style == "brief":
-            return f"{env.brief} Moves: {names}."
-        return (f"{env.task}\nActions: {names}. Put up to {env.actions_per_turn} into one answer, separated by ||. "
+            return f"{env.brief} Moves: {env.moves}."
+        return (f"{env.task}\nActions: {env.moves}. Put up to {env.actions_per_turn} into one answer, separated by ||. "
                 f"You have {env.max_turns} turns and {env.max_actions} actions in all.\nAnswer as {FORMAT}")
 
     def user(self, reward: float | None = None) -> str:
@@ -358,10 +378,9 @@ class Episode:
             self.env.reseed(self.reseeds[len(self.rewards)])
         self.answers.append(answer)
         parts = [part.strip() for part in (answer or "").split("||") if part.strip()]
-        names = {name.lower(): name for name in self.env.actions}
         reward, valid = 0.0, False
         for part in parts[: self.env.actions_per_turn]:
-            self.observation, gained, terminated, truncated, info = self.env.step(names.get(part.lower(), part))
+            self.observation, gained, terminated, truncated, info = self.env.step(part)
             reward, valid = reward + gained, valid or info["valid"]
             self.success, self.done = info["success"], terminated or truncated
             if self.done:
@@ -384,13 +403,13 @@ Player = Callable[[Env, np.random.Generator], list[str]]  # the actions of one t
 
 
 def random_player(env: Env, rng: np.random.Generator) -> list[str]:
-    """The floor: uniformly random legal actions."""
-    return [str(rng.choice(env.actions)) for _ in range(env.actions_per_turn)]
+    """The floor: uniformly random legal actions, each drawn from those of the turn's beginning."""
+    return [str(rng.choice(env.legal_actions())) for _ in range(env.actions_per_turn)]
 
 
 def oracle_player(env: Env, rng: np.random.Generator) -> list[str]:
     """The ceiling: the solver's plan, looked up anew every turn."""
-    return env.solve()[: env.actions_per_turn] or [env.actions[0]]
+    return env.solve()[: env.actions_per_turn] or env.legal_actions()[:1]
 
 
 def play(env: Env, player: Player, seeds: Iterable[int], replica: int = 0) -> list[Episode]:
@@ -418,7 +437,7 @@ def main() -> None:
         except EOFError:
             break
         if answer.strip() == "?":
-            print("oracle:", " || ".join(episode.env.solve()) or "no way left")
+            print("oracle:", next(iter(episode.env.solve()), "no way left"))
         elif message := episode.act(answer):
             print(message)
     print(episode.observation, f"return {episode.return_:.1f}, success {episode.success}", sep="\n")

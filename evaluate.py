@@ -2,6 +2,7 @@
 
     python evaluate.py runs/NAME                    # success, 95 % interval, random floor, oracle ceiling
     python evaluate.py runs/NAME --show_tokens      # two episodes, every token coloured by class and weight
+    python evaluate.py --floors                     # random floor and oracle ceiling of every environment
     python evaluate.py --plot runs/A runs/B         # learning curves of several runs
     python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
     python evaluate.py --bench                      # how fast, as ratios measured in one run
@@ -30,8 +31,8 @@ from actfocus import answer_span, token_weights
 from checkpoint import State
 from config import Config, config_parser
 from energy import action_bottleneck, group_means
-from envs import oracle_player, random_player
-from methods import make_episodes
+from envs import ENVS, oracle_player, random_player
+from methods import env_options, make_episodes
 from metrics import describe
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
@@ -45,11 +46,11 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     """What to do, the settings, and the model folder to look at."""
     parser = config_parser(__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
-    for name in ("show_tokens", "bottleneck", "bench"):
+    for name in ("show_tokens", "bottleneck", "bench", "floors"):
         parser.add_argument(f"--{name}", action="store_true", default=False)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves and table of these runs")
     given = vars(parser.parse_args(argv))
-    todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "plot")}
+    todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "floors", "plot")}
     folder = Path(given.pop("folder"))
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     if (run / "eval.jsonl").exists():
@@ -63,20 +64,29 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
 def report(config: Config, folder: Path) -> None:
     """Success on the evaluation levels beside what chance and the solver reach there."""
     result, _ = evaluate_policy(config, load_model(str(folder)), load_tokenizer(str(folder)))
-    print(f"{config.env}, temperature {config.eval_temperature}, success_rate {config.success_rate}, {folder}")
+    options = ", ".join(f"{name} {value}" for name, value in env_options(config).items())
+    print(f"{config.env}, temperature {config.eval_temperature}, {options}, {folder}")
     floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
     for name, part in (("policy", result), ("random floor", floor), ("oracle ceiling", ceiling)):
         print(f"{name:>14}: {describe(part)}, return {part['return_mean']:.2f}")
 
 
+def floors(config: Config) -> None:
+    """What chance and the solver reach on the evaluation levels of every environment."""
+    for env in ENVS:
+        for name, player in (("random floor", random_player), ("oracle ceiling", oracle_player)):
+            print(f"{env:>10}, {name:>14}: {describe(evaluate_player(replace(config, env=env), player))}")
+
+
 def compare(runs: Sequence[Path], out: Path) -> None:
     """Learning curves of several runs as a figure and as a table of all their evaluations."""
     plot = plots.learning_curves(runs, out / "learning.png")
-    settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates")
+    settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates",
+                "sudoku_level", "hints")
     rows = []
     for run in runs:
         about = json.loads((run / "config.json").read_text())
-        chosen = {name: about["config"][name] for name in settings}
+        chosen = {name: about["config"].get(name) for name in settings}  # a run may be older than a setting
         chosen |= {name: about[name] for name in ("commit", "torch", "threads")}
         rows += [{**chosen, **line} for line in checkpoint.read_lines(run / "eval.jsonl")]
     with (out / "evaluations.csv").open("w", newline="") as file:
@@ -261,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo, config, folder = parse(argv)
         if todo["plot"]:
             compare(todo["plot"], Path(config.output_dir or "runs"))
+        elif todo["floors"]:
+            floors(config)
         elif todo["bench"]:
             bench(config)
         elif todo["bottleneck"]:

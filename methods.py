@@ -76,12 +76,21 @@ def make_episodes(config: Config, seeds: Sequence[int], samples: int) -> list[Ep
 
 
 def build_env(config: Config) -> Env:
-    """The environment with the run's options and budgets."""
-    options = {"sokoban": dict(coordinates=config.coordinates),
-               "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen)}
-    env = make_env(config.env, **options[config.env])
-    env.max_turns, env.actions_per_turn, env.max_actions = config.max_turns, config.actions_per_turn, config.max_actions
+    """The environment with the run's options, and with those of its budgets that the run sets."""
+    env = make_env(config.env, **env_options(config))
+    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+        setattr(env, budget, getattr(config, budget) or getattr(env, budget))
     return env
+
+
+def env_options(config: Config) -> dict:
+    """The settings that belong to the run's environment alone."""
+    return {"sokoban": dict(coordinates=config.coordinates),
+            "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen),
+            "sudoku": dict(level=config.sudoku_level, hints=config.hints),
+            "webshop": dict(data=config.webshop_data or None, results_per_page=config.results_per_page,
+                            title_words=config.title_words)}[config.env]
+
 
 def prefix_tree(rows: Sequence[Trajectory]) -> tuple[list[int], list[list[int]]]:
     """CARL's tree of the rows: a state is an exact prefix, an action the response that leads from one to the next.

@@ -12,7 +12,7 @@ import pytest
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
 import envs
-from envs import Episode, make_env, play
+from envs import ENVS, Episode, make_env, play
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 
@@ -147,7 +147,7 @@ def test_an_unknown_action_moves_nothing_and_spends_nothing():
         env = make_env(name)
         before, info = env.reset(3)
         assert info == {"success": False, "valid": True}
-        for action in ("up", "", "Fly", "Up || Up", None):
+        for action in ("upp", "", "Fly", "Up || Up", "U p", None):
             after, reward, terminated, truncated, info = env.step(action)
             assert after == before and reward == 0 and not terminated and not truncated
             assert info == {"success": False, "valid": False} and env.actions_left == 10
@@ -337,7 +337,7 @@ def test_the_frozen_lake_observation_lists_the_coordinates_of_the_map_below():
 class Steps:
     """Ten-line stand-in for a game: remembers its actions, Right earns 0.25, and the fourth Right is the goal."""
 
-    actions = ("Left", "Right")
+    moves = "Left, Right"
     task, brief = "Go.", "go"
 
     def __init__(self, max_turns=5, actions_per_turn=2, max_actions=10):
@@ -348,7 +348,8 @@ class Steps:
         return "start", {}
 
     def step(self, action):
-        if action not in self.actions:
+        action = action.capitalize()
+        if action not in ("Left", "Right"):
             return "same", 0.0, False, False, {"success": False, "valid": False}
         self.log.append(action)
         self.actions_left -= 1
@@ -435,13 +436,16 @@ def test_the_oracle_solves_sokoban_in_five_turns_of_two_moves():
 
 
 def trace():
-    """What 30 short episodes of both games show, slips included, as one string."""
+    """What short episodes of all games show, slips included, as one string."""
     lines = []
     for env in (make_env("sokoban", boxes=2, coordinates=True), make_env("frozenlake", success_rate=1 / 3)):
         for seed in range(15):
             lines.append(env.reset(seed, seed % 3)[0])
             lines += [str(env.step(action)) for action in ("Left", "Up", "Right", "Down")]
             lines.append(str(env.solve()))
+    for level in ("easy", "medium", "hard"):
+        for episode in play(make_env("sudoku", level=level), envs.random_player, range(15)):
+            lines += [episode.observation, str(episode.rewards), str(episode.env.best_actions())]
     return "\n".join(lines)
 
 
@@ -476,7 +480,7 @@ def test_the_same_seed_is_the_same_episode_after_and_beside_other_ones():
 
 
 def test_different_seeds_are_different_levels():
-    for name in ("sokoban", "frozenlake"):
+    for name in ENVS:
         env = make_env(name)
         assert len({env.reset(seed)[0] for seed in range(100)}) > 90
 
@@ -500,14 +504,89 @@ def test_no_answer_whatever_raises():
     assert answers > 3000
 
 
+def broken_responses(n):
+    """Well-formed, torn, nested and flooded responses, words of all games and noise among them."""
+    rng = random.Random(1)
+    words = ["Up", "left", " RIGHT ", "1,2,3", "4 , 4,4", "place 1 at row 2 col 3", "0,0,0", "-1,2,999999999",
+             "9" * 5000 + ",1,1", "||", "|", "\0", "\n", "é", "İ", "\ud800", "１,２,３", "<think>", "</think>",
+             "<answer>", "</answer>"]
+    for _ in range(n):
+        inside = "".join(rng.choices(words, k=rng.randint(0, 8)))
+        inside = rng.choice((inside, inside, "||".join(rng.choices(words[:9], k=3)), "||" * 2000, inside[::-1]))
+        noise = "".join(map(chr, rng.choices(range(0x300), k=8)))
+        yield rng.choice((f"<think>{noise}</think><answer>{inside}</answer>", f"<think></think> <answer>{inside}",
+                          f"<think>{inside}</think>\n<answer>1,1,1 || Up</answer>", inside, noise))
+
+
+def test_twenty_thousand_broken_responses_raise_nothing_and_keep_every_budget():
+    from rollout import _answer  # here, as the processes of another test import this file and need no torch
+
+    responses = list(broken_responses(20_000))
+    answers = [_answer(response) for response in responses]
+    assert 5000 < sum(answer is not None for answer in answers) < 18_000
+    for name in ENVS:
+        env, queue, episodes = make_env(name), iter(answers), []
+        while (answer := next(queue, StopIteration)) is not StopIteration:
+            if not episodes or episodes[-1].done:
+                episodes.append(Episode(env, len(episodes) % 50))
+            shown = episodes[-1].act(answer)
+            assert (shown is None) == episodes[-1].done and 0 <= env.actions_left <= env.max_actions
+        for episode in episodes:
+            assert len(episode.rewards) <= env.max_turns and episode.invalid_turns <= len(episode.rewards)
+            assert np.isfinite(episode.return_) and -6 < episode.return_ < 20.1
+        assert sum(episode.invalid_turns for episode in episodes) < 20_000
+
+
+def test_what_the_tiny_model_learnt_to_read_has_not_changed():
+    assert Episode(make_env("sokoban"), 0, style="brief").system() == (
+        "Sokoban: push X onto O. Moves: Up, Down, Left, Right.")
+    assert Episode(make_env("frozenlake"), 0, style="brief").system() == (
+        "FrozenLake: reach G, not O. Moves: Left, Down, Right, Up.")
+    for name in ("sokoban", "frozenlake"):
+        env = make_env(name)
+        assert f"\nActions: {', '.join(env.actions)}. Put up to 2 into one answer, " in Episode(env, 0).system()
+        assert "You have 5 turns and 10 actions in all.\n" in Episode(env, 0).system()
+
+
+def test_the_random_player_draws_uniformly_from_the_legal_actions():
+    for name in ENVS:
+        env = make_env(name)
+        for seed in range(20):
+            env.reset(seed)
+            rng, twin = np.random.default_rng(seed), np.random.default_rng(seed)
+            legal = env.legal_actions()
+            assert envs.random_player(env, rng) == [legal[twin.integers(len(legal))] for _ in range(2)]
+    for name in ("sokoban", "frozenlake"):
+        assert make_env(name).legal_actions() == list(make_env(name).actions)
+
+
+def test_step_reads_names_without_regard_to_case_and_outer_white_space():
+    for name in ("sokoban", "frozenlake"):
+        one, other = make_env(name), make_env(name)
+        for seed in range(10):
+            one.reset(seed), other.reset(seed)
+            for action in one.actions:
+                variant = random.Random(seed).choice((action.upper(), action.lower(), f" {action}\n"))
+                assert one.step(action) == other.step(variant)
+
+
+def test_two_thousand_sokoban_rooms_are_solvable_and_their_mean_optimum_is_the_usual_one():
+    env, optima = make_env("sokoban"), []
+    for seed in range(2000):
+        env.reset(seed)
+        optima.append(len(env.solve()))
+    assert min(optima) > 0 and np.mean(optima) == pytest.approx(4.1, abs=0.15)
+    assert np.mean(np.array(optima) <= 10) > 0.98
+
+
 def test_make_env_refuses_what_cannot_be_and_shows_it():
     for name, option, value in (
         ("sokoban", "size", 4), ("sokoban", "boxes", 0), ("sokoban", "boxes", 3), ("frozenlake", "size", 1),
         ("frozenlake", "frozen", -0.25), ("frozenlake", "frozen", 1.5), ("frozenlake", "frozen", float("nan")),
         ("frozenlake", "success_rate", 0.0), ("frozenlake", "success_rate", 1.25),
-        ("frozenlake", "success_rate", float("nan")),
+        ("frozenlake", "success_rate", float("nan")), ("sudoku", "level", "impossible"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=str(value)):
             make_env(name, **{option: value})
-    with pytest.raises(ValueError, match=r"'chess'.*sokoban, frozenlake"):
+    with pytest.raises(ValueError, match=r"'chess'.*sokoban, frozenlake, sudoku"):
         make_env("chess")

@@ -7,7 +7,7 @@ from tiny import SMOKE, flags
 
 import evaluate
 import train
-from envs import Episode
+from envs import ENVS, Episode
 from rollout import rollout
 
 pytest_plugins = ["tiny"]
@@ -142,3 +142,17 @@ def test_evaluation_levels_are_fixed_and_no_training_level_is_among_them(tiny, m
     train.sample(settings, state, 0)
     train.sample(settings, state, 1)
     assert len(set(seen)) == 4 and min(seen) >= train.FIRST_TRAIN_SEED > 10_000 * (evaluate.ROUNDS + 1)
+
+
+def test_floors_prints_what_chance_and_the_solver_reach_in_every_environment(capsys):
+    lines = printed(capsys, "--floors", "--eval_prompts", "12", "--eval_samples", "1").splitlines()
+    names = [(env, name) for env in ENVS for name in ("random floor", "oracle ceiling")]
+    assert [tuple(part.strip() for part in line.split(":")[0].split(",")) for line in lines] == names
+    assert all("95 % interval [" in line and "n = 12 episodes on 12 levels" in line for line in lines)
+    assert "oracle ceiling: success 100.0 %" in lines[names.index(("sudoku", "oracle ceiling"))]
+
+
+def test_the_report_names_the_options_of_its_environment(tiny, capsys):
+    assert "frozenlake, temperature 0.5, success_rate 1.0, frozen 0.8," in printed(capsys, tiny, *SHORT)
+    flags = ["--env", "sudoku", "--sudoku_level", "hard", "--max_context", "1000"]
+    assert "sudoku, temperature 0.5, level hard, hints True," in printed(capsys, tiny, *SHORT, *flags)

@@ -511,3 +511,42 @@ def test_presets_say_what_they_change_and_flags_win(capsys):
     assert (paper.learning_rate, paper.filter_fraction, paper.num_prompts, paper.mini_batch_size) == (1e-6, 0.25, 8, 32)
     assert train.parse(["--preset", "paper"])[0].filter_fraction == 1.0
     assert train.parse([])[0] == train.Config()
+
+
+def test_budgets_are_the_environments_own_unless_the_run_sets_them():
+    def budgets(**options):
+        env = train.build_env(train.Config(**options))
+        return env.max_turns, env.actions_per_turn, env.max_actions
+
+    assert [budgets(env=name) for name in ("sokoban", "frozenlake", "sudoku")] == [(5, 2, 10), (5, 2, 10), (8, 2, 16)]
+    assert budgets(env="sudoku", max_turns=3) == (3, 2, 16)
+    assert budgets(env="sokoban", actions_per_turn=1, max_actions=7) == (5, 1, 7)
+    assert budgets(env="sokoban") == (5, 2, 10)  # the class keeps its own
+
+
+def test_sudokus_level_and_hints_are_flags(capsys):
+    env = train.build_env(train.parse(["--env", "sudoku"])[0])
+    assert (env.level, env.hints, env.unique) == ("easy", True, True)
+    env = train.build_env(train.parse(["--env", "sudoku", "--sudoku_level", "hard", "--hints", "false"])[0])
+    assert (env.level, env.hints) == ("hard", False)
+    code, error = mistake(["--sudoku_level", "evil"], capsys)
+    assert code == 2 and error == ["error: --sudoku_level evil: choose from easy, medium, hard"]
+
+
+def test_a_run_from_before_a_setting_existed_resumes_with_its_default(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text())
+    del about["config"]["sudoku_level"], about["config"]["hints"]
+    about["config"] |= {"max_turns": 5, "actions_per_turn": 2, "max_actions": 10}
+    path.write_text(json.dumps(about))
+    settings, _ = train.parse(["--resume_from_checkpoint", str(tmp_path / "run"), "--sudoku_level", "easy"])
+    assert (settings.sudoku_level, settings.hints, settings.max_turns) == ("easy", True, 5)
+
+
+def test_a_smoke_run_on_sudoku_ends_with_floor_and_ceiling(tiny, tmp_path, capsys):
+    assert train.main(flags(model=tiny, output_dir=tmp_path / "run", env="sudoku", max_steps=1, max_context=1000)) == 0
+    out = capsys.readouterr().out
+    assert "random floor: success" in out and "oracle ceiling: success 100.0 %" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["env"], config["sudoku_level"], config["hints"], config["max_turns"]) == ("sudoku", "easy", True, 0)
