@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
+from webshop import WebShop
+
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}  # (row, column) of every move
 FORMAT = "<think>your reasoning</think><answer>your actions</answer>"
 
@@ -283,8 +285,8 @@ def _cells(cells: Iterable[Cell]) -> str:
     return " ".join(str(cell) for cell in sorted(cells)) or "none"
 
 
-ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake}
-Env = Sokoban | FrozenLake
+ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake, "webshop": WebShop}
+Env = Sokoban | FrozenLake | WebShop
 
 
 def make_env(name: str, **options) -> Env:
