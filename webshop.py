@@ -33,11 +33,11 @@ SPLITS = ("by seed", "test", "validation", "train")
 SUB_PAGES = ("description", "features", "reviews")
 COLORS = (  # searched in this order: light blue and dark blue are blue, but dark green is dark
     "apricot aqua ash azure beige black blue blush bordeaux bronze brown burgundy camel camo caramel champagne "
-    "charcoal chestnut chocolate christmas coffee cognac copper coral cranberry cream dark denim eggplant espresso "
-    "fuchsia gold graphite gray green grey heather indigo ivory khaki lavender lemon leopard light lilac lime magenta "
-    "maroon mauve midnight mint mocha multicolor mustard natural navy nude olive orange peach pink plum purple rainbow "
-    "red rose rust sand sapphire silver slate steel stone sunflower tan taupe teal turquoise violet walnut wheat "
-    "white wine yellow"
+    "charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream dark denim eggplant "
+    "espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory khaki lavender lemon "
+    "leopard light lilac lime magenta maroon mauve midnight mint mocha multicolor mustard natural navy nude olive "
+    "orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire silver slate steel stone "
+    "sunflower tan taupe teal turquoise violet walnut wheat white wine yellow"
 )
 ACTION = re.compile(r"(search|click)\s*\[(.*)\]", re.IGNORECASE | re.DOTALL)
 
