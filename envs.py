@@ -1,6 +1,7 @@
 """The games, and the turn protocol that puts them to a language model.
 
-Section 5.1 and the appendix of the paper (arXiv:2605.14558v1): SimpleSokoban, CoordFrozenLake; Sudoku has its own file.
+Section 5.1 and the appendix of the paper (arXiv:2605.14558v1): SimpleSokoban, CoordFrozenLake; Sudoku and
+WebShop have their own files.
 An environment is text in, text out: `reset(seed) -> (observation, info)` and Gymnasium's five-tuple
 `step(action) -> (observation, reward, terminated, truncated, info)`, one action a step, whatever its case and outer
 white space. `info["success"]`: the task is done; `info["valid"]`: the action was understood. `moves` tells the model
@@ -24,6 +25,7 @@ import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
 from sudoku import Sudoku
+from webshop import WebShop
 
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}  # (row, column) of every move
 FORMAT = "<think>your reasoning</think><answer>your actions</answer>"
@@ -311,8 +313,8 @@ def _cells(cells: Iterable[Cell]) -> str:
     return " ".join(str(cell) for cell in sorted(cells)) or "none"
 
 
-ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake, "sudoku": Sudoku}
-Env = Sokoban | FrozenLake | Sudoku
+ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake, "sudoku": Sudoku, "webshop": WebShop}
+Env = Sokoban | FrozenLake | Sudoku | WebShop
 
 
 def make_env(name: str, **options) -> Env:

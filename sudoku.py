@@ -71,6 +71,9 @@ class Sudoku:
         self.actions_left = self.max_actions
         return self._observe(), {"success": False, "valid": True, "reason": ""}
 
+    def reseed(self, replica: int) -> None:
+        """Other luck from here on: there is none."""
+
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Place a digit, if that is legal."""
         move = parse(action)
@@ -85,8 +88,8 @@ class Sudoku:
         return self._observe(), reward, solved, truncated, info
 
     def legal_actions(self) -> list[str]:
-        """Every move that is not illegal, so replacements too; never empty."""
-        return [_write(cell, digit) for cell in range(16) for digit in self._legal_digits(cell)]
+        """Every digit in every cell that is not given: a random player breaks the rules, too."""
+        return [_write(cell, digit) for cell in range(16) for digit in range(1, 5) if cell not in self.givens]
 
     def best_actions(self) -> list[str]:
         """All legal moves that put a right digit; empty where wrong digits stand in the way of all of them."""
