@@ -33,7 +33,7 @@ from config import Config, config_parser
 from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
 from methods import env_options, make_episodes
-from metrics import describe
+from metrics import describe, mean_interval
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
 from train import build_state, evaluate_player, evaluate_policy, score_batch
@@ -79,7 +79,7 @@ def floors(config: Config) -> None:
 
 
 def compare(runs: Sequence[Path], out: Path) -> None:
-    """Learning curves of several runs as a figure and as a table of all their evaluations."""
+    """Learning curves of several runs as a figure, all their evaluations as a table, and a line for each setting."""
     plot = plots.learning_curves(runs, out / "learning.png")
     settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates",
                 "sudoku_level", "hints")
@@ -93,7 +93,31 @@ def compare(runs: Sequence[Path], out: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"plot {plot}\ntable {out / 'evaluations.csv'}")
+    print(*result_rows(runs), f"plot {plot}\ntable {out / 'evaluations.csv'}", sep="\n")
+
+
+def result_rows(runs: Sequence[Path]) -> list[str]:
+    """A Markdown row for each setting: seeds, steps, success before and after, 95 % interval, minutes of training.
+
+    Several seeds: Student's interval of their mean. One seed: that of its evaluation, over levels.
+    """
+    settings: dict[tuple, list[tuple]] = {}
+    for run in runs:
+        config, lines = checkpoint.read_config(run), checkpoint.read_lines(run / "eval.jsonl")
+        metrics = checkpoint.read_lines(run / "metrics.jsonl")
+        seconds = sum(value for row in metrics for name, value in row.items() if name.startswith("seconds_"))
+        settings.setdefault((config["env"], config["algo"], config["weights"]), []).append((config, lines, seconds))
+    table = []
+    for (env, algo, weights), members in sorted(settings.items()):
+        last = [lines[-1] for _, lines, _ in members]
+        low, high = mean_interval([line["success"] for line in last]) if last[1:] else (last[0]["low"], last[0]["high"])
+        seeds = " ".join(str(config["seed"]) for config, _, _ in members)
+        before, after = (statistics.mean(lines[i]["success"] for _, lines, _ in members) for i in (0, -1))
+        steps = "-".join(map(str, sorted({line["step"] for line in last})))
+        minutes = statistics.mean(seconds for _, _, seconds in members) / 60
+        table.append(f"| {env} | {algo} | {weights} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
+                     f"[{100 * low:.1f}, {100 * high:.1f}] | {minutes:.0f} |")
+    return table
 
 
 def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from envs import Episode
 from rollout import Batch, Trajectory
 
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
 
 def rollout_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
     """What the step's trajectories were like, before any is filtered out."""
@@ -79,6 +81,14 @@ def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, f
     index = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
     low, high = np.quantile(means[index].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of 2 to 16 values, e.g. of runs with different seeds."""
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        raise ValueError(f"expected 2 to {len(STUDENT) + 1} values, got {len(values)}")
+    half = STUDENT[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def describe(result: dict) -> str:

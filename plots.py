@@ -23,9 +23,13 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     for run in runs:
         config = read_config(run)
         panels.setdefault((config["env"], config["algo"]), {}).setdefault(config["weights"], []).append(run)
-    size = 1.5 + 4.5 * len(panels), 4
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for ax, ((env, algo), by_weights) in zip(axes[0], sorted(panels.items()), strict=True):
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 3.6 * lines), squeeze=False,
+                                layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, ((env, algo), by_weights) in zip(axes.flat, sorted(panels.items()), strict=False):
         for weights, members in sorted(by_weights.items()):
             _curve(ax, members, weights, COLOURS[["actfocus", "uniform"].index(weights)])
         ax.set(title=f"{env}, {algo}", xlabel="step", ylabel="success", ylim=(0, 1.05))

@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import evaluate
 import train
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -42,3 +43,11 @@ def test_the_reading_guide_counts_the_lines_of_every_file():
     counted = {row[0].strip("`"): int(row[1]) for row in _rows("Reading guide")}
     files = Path(__file__).parent.parent.glob("*.py")
     assert counted == {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+
+
+def test_the_results_are_those_of_the_committed_runs():
+    results = Path(__file__).parent.parent / "results"
+    runs = sorted((results / "runs").iterdir())
+    table = README.split("## Results\n")[1].split("\n\n")[1]
+    assert table.strip().splitlines()[2:] == evaluate.result_rows(runs)
+    assert (results / "evaluations.csv").read_text().count("\n") > 3 * len(runs)
