@@ -1,4 +1,4 @@
-"""The equations of arXiv:2605.14558v1 as its own plain loops: slow and obvious, on lists of floats, without torch.
+"""The equations of arXiv:2605.14558v1 and of its rivals as plain loops: slow and obvious, on lists, without torch.
 
 Rows are lists of their own lengths, so there is no padding to get wrong. The tests hold the tensor code equal to this.
 """
@@ -119,11 +119,139 @@ def gae(rewards, values, is_response, gamma, lam):
     return advantages
 
 
+def gae_with_discounts(rewards, values, is_response, gammas, lam):
+    """The same with γ_i after token i: A_t = Σ_l (Π_{i<l} γ_{t+i} λ) δ_{t+l} over the response tokens of one row."""
+    positions = [t for t in range(len(values)) if is_response[t]]
+    advantages = [0.0] * len(values)
+    for k in range(len(positions)):
+        factor = 1.0
+        for t, following in zip(positions[k:], [*positions[k + 1 :], None], strict=True):
+            next_value = 0.0 if following is None else values[following]
+            advantages[positions[k]] += factor * (rewards[t] + gammas[t] * next_value - values[t])
+            factor *= gammas[t] * lam
+    return advantages
+
+
 def whiten(values, eps):
     """(x - mean) / sqrt(variance + ε) of one list."""
     mean = sum(values) / len(values)
     variance = sum((x - mean) ** 2 for x in values) / len(values)
     return [(x - mean) / math.sqrt(variance + eps) for x in values]
+
+
+def varied_groups(returns, group_size, num_groups):
+    """Rows of the first groups with two different returns, then of the first others, all in order. DAPO."""
+    varied, equal = [], []
+    for first in range(0, len(returns), group_size):
+        group = returns[first : first + group_size]
+        (equal if min(group) == max(group) else varied).append(first)
+    rows = []
+    for first in sorted([*varied, *equal][:num_groups]):
+        for i in range(group_size):
+            rows.append(first + i)
+    return rows
+
+
+def overlong_penalty(length, max_length, buffer):
+    """0 up to L_max - L_buf, from there in a straight line to -1 at L_max. DAPO Eq. (13)."""
+    if length <= max_length - buffer:
+        return 0.0
+    return ((max_length - buffer) - length) / buffer
+
+
+def empg_advantages(advantages, entropies, kappa, kappa_bonus, zeta):
+    """The advantage of every step of every row; a row has as many steps as entropies. EMPG Eqs. (7) to (12)."""
+    every = [entropy for row in entropies for entropy in row]
+    low, high = min(every), max(every)
+
+    def relative(entropy):
+        return (entropy - low) / (high - low + 1e-8)
+
+    mean_confidence = sum(math.exp(-kappa * relative(entropy)) for entropy in every) / len(every)
+    modulated = []
+    for i in range(len(entropies)):
+        row = []
+        for k in range(len(entropies[i])):
+            g = math.exp(-kappa * relative(entropies[i][k])) / mean_confidence
+            is_last = k == len(entropies[i]) - 1
+            f = 0.0 if is_last else math.exp(-kappa_bonus * relative(entropies[i][k + 1]))
+            row.append(advantages[i] * g + zeta * f)
+        modulated.append(row)
+    mean = sum(sum(row) for row in modulated) / len(every)
+    return [[value - mean for value in row] for row in modulated]
+
+
+def poad_gae(actions, rewards, gamma, lam):
+    """A of every token of every action of one row; `actions[k][j]` is V before token j of action k. POAD."""
+    advantages = [[0.0] * len(action) for action in actions]
+    gae = 0.0
+    for k in reversed(range(len(actions))):
+        n, done = len(actions[k]), k == len(actions) - 1
+        for j in reversed(range(n)):
+            if j == n - 1:
+                next_value = 0.0 if done else actions[k + 1][0]
+                gae = rewards[k] + gamma * next_value - actions[k][j] + gamma * lam * (0.0 if done else gae)
+            else:
+                gae = actions[k][j + 1] - actions[k][j] + lam * gae
+            advantages[k][j] = gae
+    return advantages
+
+
+def ntpo_gae(actions, rewards, gamma, lam):
+    """The same with γ after every token. NTPO."""
+    advantages = [[0.0] * len(action) for action in actions]
+    next_value = gae = 0.0
+    for k in reversed(range(len(actions))):
+        for j in reversed(range(len(actions[k]))):
+            reward = rewards[k] if j == len(actions[k]) - 1 else 0.0
+            gae = reward + gamma * next_value - actions[k][j] + gamma * lam * gae
+            next_value = actions[k][j]
+            advantages[k][j] = gae
+    return advantages
+
+
+def value_loss(value, old_value, target, clip):
+    """½ of the squared error of one token's value, or of the value kept near its old one if that is worse."""
+    squared = (value - target) ** 2
+    if clip:
+        near = min(max(value, old_value - clip), old_value + clip)
+        squared = max(squared, (near - target) ** 2)
+    return squared / 2
+
+
+def criticality(actions, num_states):
+    """H(s) / n(s) of every state; an action is its source state and its tokens' log π. CARL."""
+    scores = []
+    for state in range(num_states):
+        surprises = []
+        for source, logps in actions:
+            if source == state:
+                surprises.append(-sum(logps) / len(logps))
+        n = len(surprises)
+        scores.append(sum(surprises) / n / n if n else -math.inf)
+    return scores
+
+
+def tree_values(parent, leaf_values):
+    """V of every state: R at a leaf, else the mean over its children, each of which is asked in turn. CARL."""
+
+    def value(state):
+        children = [child for child in range(len(parent)) if parent[child] == state]
+        if not children:
+            return leaf_values[state]
+        return sum(value(child) for child in children) / len(children)
+
+    return [value(state) for state in range(len(parent))]
+
+
+def edge_advantages(parent, values):
+    """V(child) - V(parent), 0 at a root. CARL."""
+    return [0.0 if u < 0 else values[v] - values[u] for v, u in enumerate(parent)]
+
+
+def update_set(parent):
+    """Whether a state has a sibling: its parent stands more than once in the list of parents. CARL."""
+    return [u >= 0 and parent.count(u) > 1 for u in parent]
 
 
 def spearman(first, second):

@@ -492,6 +492,65 @@ def test_gae_of_a_row_without_a_response_is_zero():
         assert torch.equal(result, torch.zeros(1, 3))
 
 
+def test_gae_with_a_discount_of_its_own_after_each_token_by_hand():
+    # Response tokens at 0, 2, 3; γ = 0.5, 1, 0.25 after them, λ = 0.8; the γ of the observation at 1 is not read.
+    # δ₃ = 1 - 0.6 = 0.4 (nothing follows, so 0.25 has no effect)   A₃ = 0.4
+    # δ₂ = 0 + 1 · 0.6 - 0.4 = 0.2                                  A₂ = 0.2 + 1 · 0.8 · 0.4 = 0.52
+    # δ₀ = 2 + 0.5 · 0.4 - 0.2 = 2                                  A₀ = 2 + 0.5 · 0.8 · 0.52 = 2.208
+    rewards, values = tensor([[2.0, NAN, 0, 1]]), tensor([[0.2, NAN, 0.4, 0.6]])
+    is_response = tensor([[True, False, True, True]])
+    for unread in (0.0, 0.9):
+        gamma = tensor([[0.5, unread, 1.0, 0.25]])
+        advantages, targets = actfocus.gae(rewards, values, is_response, gamma, lam=0.8)
+        close(advantages, [[2.208, 0, 0.52, 0.4]])
+        close(targets, [[2.408, 0, 0.92, 1.0]])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_with_discounts_equals_the_double_sum_on_ragged_batches(seed):
+    batch, rewards, values, *_ = ragged_batch(seed)
+    is_response = batch["is_action"] | batch["is_reasoning"]
+    gamma = torch.rand(values.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for lam in (0.0, 0.7, 1.0):
+        advantages, targets = actfocus.gae(rewards, values, is_response, gamma, lam)
+        rows = zip(*(v.tolist() for v in (rewards, values, is_response, gamma)), strict=True)
+        close(advantages, [literal.gae_with_discounts(*row, lam) for row in rows])
+        close(targets, torch.where(is_response, advantages + values, 0.0))
+        assert not advantages.requires_grad
+
+
+def test_the_same_discount_after_every_token_is_ordinary_gae():
+    batch, rewards, values, *_ = ragged_batch(3)
+    is_response = batch["is_action"] | batch["is_reasoning"]
+    for gamma in (0.0, 0.9, 1.0):
+        everywhere = torch.full_like(values, gamma)
+        for one, other in zip(
+            actfocus.gae(rewards, values, is_response, everywhere, 0.8),
+            actfocus.gae(rewards, values, is_response, gamma, 0.8),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
+def test_a_discount_of_zero_after_a_token_hides_all_that_follows():
+    rewards, values = torch.randn(2, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    every = torch.ones(1, 6, dtype=torch.bool)
+    gamma = tensor([[0.9, 0.8, 0.0, 0.7, 0.6, 0.5]], dtype=torch.float64)
+    advantages, _ = actfocus.gae(rewards, values, every, gamma, 0.95)
+    for part in (slice(0, 3), slice(3, 6)):
+        alone, _ = actfocus.gae(*(v[:, part] for v in (rewards, values, every, gamma)), 0.95)
+        assert torch.equal(alone, advantages[:, part])
+
+
+def test_gae_refuses_one_impossible_discount_among_many_and_shows_it():
+    values, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for value in (1.5, -0.25, NAN):
+        gamma = torch.full((2, 3), 0.5)
+        gamma[1, 2] = value
+        with pytest.raises(ValueError, match=str(value)):
+            actfocus.gae(values, values, mask, gamma)
+
+
 def test_gae_refuses_impossible_input_and_says_which():
     values, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for options in ({"gamma": 1.5}, {"gamma": -0.25}, {"lam": 1.75}, {"lam": NAN}):
