@@ -446,6 +446,8 @@ def trace():
     for level in ("easy", "medium", "hard"):
         for episode in play(make_env("sudoku", level=level), envs.random_player, range(15)):
             lines += [episode.observation, str(episode.rewards), str(episode.env.best_actions())]
+    for episode in play(make_env("webshop"), envs.random_player, range(15)):
+        lines += [*episode.answers, episode.observation, str(episode.rewards), str(episode.env.best_actions())]
     return "\n".join(lines)
 
 
@@ -480,9 +482,12 @@ def test_the_same_seed_is_the_same_episode_after_and_beside_other_ones():
 
 
 def test_different_seeds_are_different_levels():
-    for name in ENVS:
+    for name in ("sokoban", "frozenlake", "sudoku"):
         env = make_env(name)
         assert len({env.reset(seed)[0] for seed in range(100)}) > 90
+    env = make_env("webshop")
+    shown = [env.reset(seed)[0] for seed in range(100)]
+    assert len(set(shown)) == len(env.parts["test"]) == 80 and shown[80:] == shown[:20]  # its goals, round and round
 
 
 def test_no_answer_whatever_raises():
@@ -508,11 +513,13 @@ def broken_responses(n):
     """Well-formed, torn, nested and flooded responses, words of all games and noise among them."""
     rng = random.Random(1)
     words = ["Up", "left", " RIGHT ", "1,2,3", "4 , 4,4", "place 1 at row 2 col 3", "0,0,0", "-1,2,999999999",
-             "9" * 5000 + ",1,1", "||", "|", "\0", "\n", "é", "İ", "\ud800", "１,２,３", "<think>", "</think>",
-             "<answer>", "</answer>"]
+             "search[combs for women]", "CLICK[ back to search ]", "9" * 5000 + ",1,1", "search[\ud800 √]",
+             "click[buy now]", "click[]", "click[b", "||", "|", "\0", "\n", "é", "İ", "\ud800", "１,２,３", "<think>",
+             "</think>", "<answer>", "</answer>"]
     for _ in range(n):
         inside = "".join(rng.choices(words, k=rng.randint(0, 8)))
-        inside = rng.choice((inside, inside, "||".join(rng.choices(words[:9], k=3)), "||" * 2000, inside[::-1]))
+        word = rng.choice(words)
+        inside = rng.choice((inside, word, "||".join(rng.choices(words[:11], k=3)), "||" * 2000, inside[::-1]))
         noise = "".join(map(chr, rng.choices(range(0x300), k=8)))
         yield rng.choice((f"<think>{noise}</think><answer>{inside}</answer>", f"<think></think> <answer>{inside}",
                           f"<think>{inside}</think>\n<answer>1,1,1 || Up</answer>", inside, noise))
@@ -534,7 +541,7 @@ def test_twenty_thousand_broken_responses_raise_nothing_and_keep_every_budget():
         for episode in episodes:
             assert len(episode.rewards) <= env.max_turns and episode.invalid_turns <= len(episode.rewards)
             assert np.isfinite(episode.return_) and -6 < episode.return_ < 20.1
-        assert sum(episode.invalid_turns for episode in episodes) < 20_000
+        assert 100 < 20_000 - sum(episode.invalid_turns for episode in episodes) < 10_000  # some answers are in order
 
 
 def test_what_the_tiny_model_learnt_to_read_has_not_changed():
@@ -553,9 +560,13 @@ def test_the_random_player_draws_uniformly_from_the_legal_actions():
         env = make_env(name)
         for seed in range(20):
             env.reset(seed)
-            rng, twin = np.random.default_rng(seed), np.random.default_rng(seed)
-            legal = env.legal_actions()
-            assert envs.random_player(env, rng) == [legal[twin.integers(len(legal))] for _ in range(2)]
+            rng, twin, over = np.random.default_rng(seed), np.random.default_rng(seed), False
+            while not over:
+                legal = env.legal_actions()
+                chosen = envs.random_player(env, rng)
+                assert chosen == [legal[twin.integers(len(legal))] for _ in range(env.actions_per_turn)]
+                _, _, terminated, truncated, _ = env.step(chosen[0])
+                over = terminated or truncated
     for name in ("sokoban", "frozenlake"):
         assert make_env(name).legal_actions() == list(make_env(name).actions)
 

@@ -6,6 +6,7 @@ import pytest
 from tiny import SMOKE, flags
 
 import evaluate
+import methods
 import train
 from envs import ENVS, Episode
 from rollout import rollout
@@ -134,14 +135,14 @@ def test_evaluation_levels_are_fixed_and_no_training_level_is_among_them(tiny, m
         seen.append(seed)
         return Episode(env, seed, *rest)
 
-    monkeypatch.setattr(train, "Episode", note)
+    monkeypatch.setattr(methods, "Episode", note)
     first, _ = train.evaluate_policy(settings, state.policy, state.tokenizer)
     evaluation, again = seen.copy(), train.evaluate_policy(settings, state.policy, state.tokenizer)[0]
     assert evaluation == [0, 0, 1, 1] == seen[4:] and first == again
     seen.clear()
-    train.sample(settings, state, 0)
-    train.sample(settings, state, 1)
-    assert len(set(seen)) == 4 and min(seen) >= train.FIRST_TRAIN_SEED > 10_000 * (evaluate.ROUNDS + 1)
+    methods.sample(settings, state, 0)
+    methods.sample(settings, state, 1)
+    assert len(set(seen)) == 4 and min(seen) >= methods.FIRST_TRAIN_SEED > 10_000 * (evaluate.ROUNDS + 1)
 
 
 def test_floors_prints_what_chance_and_the_solver_reach_in_every_environment(capsys):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import make_batch
 
 from metrics import clipped, describe, rollout_metrics, success_interval, summary, token_metrics
-from rollout import Batch, Trajectory
+from rollout import Trajectory
 
 
 def row(seed, rewards, success=False, invalid=0, spans=((0, 2),)):
@@ -21,8 +22,8 @@ def test_rollout_metrics_on_three_trajectories_of_two_prompts():
             row(9, [0.5, 0.5], spans=[(2, 5), (9, 12)])]  # return 1, three tokens each
     # mean .6333; variance (.3667² + .7333² + .3667²) / 3 = .2689; 5 turns, 1 of them invalid; 15 tokens in 5 responses
     assert rollout_metrics(rows) == pytest.approx({
-        "success": 1 / 3, "return_mean": 1.9 / 3, "return_std": 0.26889**0.5, "equal_groups": 0.5, "turns": 5 / 3,
-        "invalid_turns": 0.2, "response_tokens": 3.0,
+        "trajectories": 3, "success": 1 / 3, "return_mean": 1.9 / 3, "return_std": 0.26889**0.5, "equal_groups": 0.5,
+        "turns": 5 / 3, "invalid_turns": 0.2, "response_tokens": 3.0,
     }, abs=1e-4)
 
 
@@ -35,13 +36,11 @@ def batch():
     """One row: prompt, reasoning, action, action, padding; what stands outside the response must not count."""
     is_response = torch.tensor([[False, True, True, True, False]])
     is_action = torch.tensor([[False, False, True, True, False]])
-    made = Batch(torch.zeros(1, 5), is_response, is_action, is_response & ~is_action, torch.zeros(1, 5),
-                 torch.tensor([[0.0, 2.0, 0.5, 1.5, 0.0]]), torch.tensor([[0.0, 0.5, 1.0, 0.25, 0.0]]),
-                 torch.tensor([1.0]), torch.tensor([4]))
-    made.energy = torch.tensor([[99.0, -3.0, -5.0, -8.0, 99.0]])
-    made.advantages = torch.tensor([[0.0, -2.0, 1.0, -4.0, 0.0]])
-    made.weights = torch.tensor([[0.0, 0.1, 1.2, 1.4, 0.0]])
-    return made
+    return make_batch(is_response, is_action=is_action, entropy=torch.tensor([[0.0, 2.0, 0.5, 1.5, 0.0]]),
+                      score_norm=torch.tensor([[0.0, 0.5, 1.0, 0.25, 0.0]]),
+                      energy=torch.tensor([[99.0, -3.0, -5.0, -8.0, 99.0]]),
+                      advantages=torch.tensor([[0.0, -2.0, 1.0, -4.0, 0.0]]),
+                      weights=torch.tensor([[0.0, 0.1, 1.2, 1.4, 0.0]]))
 
 
 def test_token_metrics_on_one_row():

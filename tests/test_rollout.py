@@ -60,7 +60,7 @@ class Game:
     seed = 0
 
     def __init__(self, *replies, prompt="go", return_=1.0):
-        self.replies, self.prompt, self.return_, self.answers = list(replies), prompt, return_, []
+        self.replies, self.prompt, self.return_, self.answers, self.rewards = list(replies), prompt, return_, [], []
 
     def system(self):
         return "go"
@@ -70,6 +70,7 @@ class Game:
 
     def act(self, answer):
         self.answers.append(answer)
+        self.rewards.append(float(len(self.answers)))  # turn k earns k + 1
         return self.replies.pop(0) if self.replies else None
 
 
@@ -374,6 +375,26 @@ def test_the_return_stands_on_the_last_response_token_and_nowhere_else():
     expected = torch.zeros(3, 6)
     expected[0, 1], expected[1, 4], expected[2, 2] = 0.5, -1.0, 2.0
     assert batch.final_rewards().equal(expected)
+
+
+def test_every_response_token_knows_its_turn_and_the_last_of_each_has_the_turns_reward():
+    rows = play(Chain(TURN), [Game("go"), Game()])
+    batch = Batch.of(rows)  # 2 prompt tokens, 6 of the response, 1 of the observation, 6 of the response
+    assert batch.turn.tolist() == [[-1] * 2 + [0] * 6 + [-1] + [1] * 6, [-1] * 2 + [0] * 6 + [-1] * 7]
+    assert batch.is_turn_end.nonzero().tolist() == [[0, 7], [0, 14], [1, 7]]
+    expected = torch.zeros(2, 15)
+    expected[0, 7], expected[0, 14], expected[1, 7] = 1, 2, 1
+    assert batch.rewards.equal(expected)
+
+
+def test_keep_leaves_the_other_tokens_out_and_cuts_off_what_follows_the_last_one():
+    batch = Batch.of([trajectory(6, {1, 2, 4, 5}, 0.5, {2, 5}), trajectory(4, {1, 3}, 1.0), trajectory(3, {2}, 0.0)])
+    mask = torch.tensor([[True, False, True, True, True, False], [False, True] + [False] * 4, [False] * 6])
+    batch.keep(mask)
+    assert batch.is_response.nonzero().tolist() == [[0, 2], [0, 4], [1, 1]]
+    assert batch.is_action.nonzero().tolist() == [[0, 2]] and batch.is_reasoning.nonzero().tolist() == [[0, 4], [1, 1]]
+    assert batch.lengths.tolist() == [5, 2, 1] and batch.tokens.shape == (3, 6)
+    assert batch.take([1, 2]).tokens.tolist() == [[1, 2], [1, 2]]
 
 
 def test_learned_positions_are_never_asked_beyond_the_context(monkeypatch):

@@ -13,20 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SMOKE, flags, lines
+from tiny import SMOKE, config, flags, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import methods
 import train
 from actfocus import policy_loss, token_weights
 from checkpoint import find_checkpoint
 from rollout import Batch
 
 pytest_plugins = ["tiny"]
-
-
-def config(tiny, **options):
-    return train.Config(**(SMOKE | {"model": str(tiny)} | options))
 
 
 def run(tiny, folder, **options):
@@ -191,10 +188,11 @@ def test_uniform_weights_are_alpha_1_and_beta_0_bit_for_bit(tiny, tmp_path):
 def prepared(settings):
     """State and a batch ready for the update, with advantages and weights no two tokens share."""
     state = train.build_state(settings)
-    batch = Batch.of(train.sample(settings, state, 0))
+    rows = methods.sample(settings, state, 0)
+    batch = Batch.of(rows)
     reference = train.score_batch(state.reference, batch, settings)
     batch.energy, batch.ref_logp = reference.energy, reference.logp - 0.3
-    batch.advantages = train.ADVANTAGES[settings.algo](settings, state, batch)
+    batch.advantages = methods.METHODS[settings.algo].advantages(settings, state, batch, rows)
     batch.advantages = torch.where(batch.is_response, batch.advantages + torch.randn(batch.tokens.shape), 0.0)
     batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning)
     return state, batch
@@ -204,7 +202,7 @@ def gradients(monkeypatch, settings, state, batch):
     """What the update hands to the optimiser in its first step."""
     kept = []
 
-    def keep(_, state):
+    def keep(_, state, policy_too):
         models = [state.policy] + ([state.critic] if state.critic else [])
         kept.append([parameter.grad.clone() for model in models for parameter in model.parameters()])
         for model in models:
@@ -264,13 +262,12 @@ def test_the_filter_trains_the_kept_groups_only(tiny, monkeypatch):
     returns = iter([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
 
     def rows_with_returns(*arguments):
-        rows = sample(*arguments)
+        rows = methods.sample(*arguments)
         for row in rows:
-            row.episode.rewards = [next(returns)]
+            row.episode.rewards = [next(returns)] + [0.0] * (len(row.spans) - 1)
         return rows
 
-    sample = train.sample
-    monkeypatch.setattr(train, "sample", rows_with_returns)
+    monkeypatch.setitem(methods.METHODS, "grpo", methods.METHODS["grpo"]._replace(sample=rows_with_returns))
     metrics, batch = train.iteration(settings, state, 0)
     assert batch.returns.tolist() == [0, 1, 0, 1] and metrics["return_mean"] == 0.75
 
@@ -287,13 +284,14 @@ def test_levels_of_training_are_no_others(tiny):
         raise Seen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_episodes", note)
+        patch.setattr(methods, "make_episodes", note)
         for seed in (0, 1, 9_999):
             for step in (0, 1, 199):
-                with pytest.raises(Seen):
-                    train.sample(replace(settings, seed=seed), None, step)
+                for again in (0, 1, methods.DAPO_ROUNDS - 1):
+                    with pytest.raises(Seen):
+                        methods.sample(replace(settings, seed=seed), None, step, again)
     levels = [level for seeds in asked for level in seeds]
-    assert len(set(levels)) == len(levels) == 36 and min(levels) == train.FIRST_TRAIN_SEED
+    assert len(set(levels)) == len(levels) == 108 and min(levels) == methods.FIRST_TRAIN_SEED
 
 
 def crash(*_, **__):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import llama
 
+import methods
 import train
 import warmstart
 from actfocus import answer_span, classify_tokens
@@ -123,9 +124,10 @@ def test_loss_weights_are_0_outside_responses_and_higher_inside_answers(game, to
 
 def test_its_levels_are_neither_trained_on_nor_evaluated_on():
     longest = train.Config(seed=9_999, max_steps=10_000, num_prompts=100, mini_batch_size=16)
-    last = train.FIRST_TRAIN_SEED * (1 + longest.seed) + longest.max_steps * longest.num_prompts
+    longest_reach = max(longest.max_steps * longest.num_prompts, methods.DAPO_ROUNDS * methods.MAX_LEVELS)
+    last = methods.FIRST_TRAIN_SEED * (1 + longest.seed) + longest_reach
     first = FIRST_SEED - 2000  # the tokenizer's samples
-    assert last < first and train.Config().eval_prompts < train.FIRST_TRAIN_SEED
+    assert last < first and train.Config().eval_prompts < methods.FIRST_TRAIN_SEED
 
 
 def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):

@@ -13,8 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import warmstart
+from config import Config
 from envs import Episode, make_env
 from policy import pad, score_tokens
+from rollout import Batch
 
 THOUGHTS = ("No hurry.", "The sky is clear.", "One thing after another.", "I look with care.")
 SMOKE = {"num_prompts": 2, "num_generations": 4, "mini_batch_size": 8, "eval_prompts": 2, "eval_samples": 2,
@@ -67,6 +69,24 @@ def tiny(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def config(tiny, **options):
+    """Settings of a smoke-sized run."""
+    return Config(**(SMOKE | {"model": str(tiny)} | options))
+
+
+def make_batch(is_response, **columns):
+    """A batch of which the given columns say something; turns are the runs of response tokens, all else is 0."""
+    before = torch.cat([torch.zeros_like(is_response[:, :1]), is_response[:, :-1]], 1)
+    after = torch.cat([is_response[:, 1:], torch.zeros_like(is_response[:, :1])], 1)
+    turn = torch.where(is_response, (is_response & ~before).cumsum(1) - 1, -1)
+    nothing = torch.zeros(is_response.shape)
+    given = {"tokens": nothing.long(), "is_response": is_response, "is_action": is_response & False,
+             "old_logp": nothing, "entropy": nothing, "score_norm": nothing, "turn": turn,
+             "is_turn_end": is_response & ~after, "rewards": nothing, "returns": nothing[:, 0],
+             "lengths": torch.where(is_response, torch.arange(1, 1 + nothing.shape[1]), 1).amax(1)} | columns
+    return Batch(is_reasoning=is_response & ~given["is_action"], **given)
 
 
 def flags(**options):
