@@ -168,8 +168,9 @@ def gae(
     Raises:
         ValueError: shapes differ, or γ or λ out of range.
     """
-    _check_same_shape(rewards=rewards, values=values, is_response=is_response)
-    gamma = torch.as_tensor(gamma, dtype=values.dtype).expand_as(values)
+    gamma = torch.as_tensor(gamma, dtype=values.dtype)
+    gamma = gamma if gamma.dim() else gamma.expand_as(values)
+    _check_same_shape(rewards=rewards, values=values, is_response=is_response, gamma=gamma)
     if not (gamma.min() >= 0 and gamma.max() <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma.min()} to {gamma.max()} and {lam}")
     values, rewards = torch.where(is_response, values.detach(), 0.0), rewards.detach()

@@ -123,7 +123,7 @@ def poad_gae(
         rewards: (B, T), read at turn ends only.   is_turn_end: (B, T) bool, last token of each response.
         values, is_response, gamma, lam and what is returned: as in `actfocus.gae`.
     """
-    discount = torch.where(is_turn_end, gamma, 1.0).to(values.dtype)
+    discount = torch.where(is_turn_end, torch.as_tensor(gamma, dtype=values.dtype), 1.0)
     return gae(torch.where(is_turn_end, rewards, 0.0), values, is_response, discount, lam)
 
 
@@ -132,7 +132,8 @@ def ntpo_gae(
 ) -> tuple[Tensor, Tensor]:
     """The naive twin of `poad_gae`: γ between all tokens. NTPO, of the POAD paper.
 
-    The return seen from token j of an action of n is γⁿ⁻ʲ of POAD's: a long action discounts its own beginning.
+    An action's own reward reaches its token j of n as γⁿ⁻ʲ of POAD's, later rewards as less: a long action discounts
+    its own beginning.
     """
     return gae(torch.where(is_turn_end, rewards, 0.0), values, is_response, gamma, lam)
 
@@ -154,8 +155,8 @@ def criticality(surprise: Tensor, source: Tensor, num_states: int) -> Tensor:
     Args:
         surprise: (N,) of each sampled action, nats a token.   source: (N,) int64, the state it was sampled at.
     """
-    count = torch.zeros(num_states).index_add(0, source, torch.ones(len(source)))
-    total = torch.zeros(num_states).index_add(0, source, surprise)
+    count = surprise.new_zeros(num_states).index_add(0, source, torch.ones_like(surprise))
+    total = surprise.new_zeros(num_states).index_add(0, source, surprise)
     return torch.where(count > 0, total / count.clamp(min=1).square(), -torch.inf)
 
 
@@ -165,7 +166,7 @@ def tree_values(parent: Tensor, leaf_values: Tensor) -> Tensor:
     Args:
         parent: (S,) int64, -1 at roots, always below the child's own number.   leaf_values: (S,), read at leaves.
     """
-    total, count = torch.zeros(len(parent)), torch.zeros(len(parent))
+    total, count = torch.zeros(2, len(parent), dtype=torch.float64)  # so the mean of equal floats is that float
     values = leaf_values.clone()
     for state in reversed(range(len(parent))):
         if count[state]:

@@ -251,7 +251,7 @@ def make_records(count: int = 200, seed: int = 0) -> tuple[list[dict], dict[str,
         category, department, kinds, qualities, users, groups = DEPARTMENTS[number % 5]
         kind, user = kinds.split(", ")[number // 5 % 8], draw(users, 1)[0]
         brand, attributes = draw(BRANDS, 1)[0], draw(qualities, 3)
-        asin = "B0" + "".join(rng.choice(list("BCDFGHJKLMNPQRSTVWXYZ0123456789"), 8))
+        asin = "B0" + "".join(rng.choice(list(letters)) for letters in ("BDFGKLMNPRSTVZ", "AEIOU") * 3)
         options = {name: draw(values, int(rng.integers(2, 5))) for name, values in groups.items() if rng.random() < 0.8}
         items.append({
             "asin": asin, "name": f"{brand} {kind} for {user}, {attributes[0]}, {attributes[1]}".title(),

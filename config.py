@@ -81,7 +81,8 @@ class Config:
     hints: bool = True  # Sudoku: the legal digits of every blank below the board
     webshop_data: str = ""  # WebShop: folder of the official files; by default the built-in shop
     results_per_page: int = within(1, 50, 10)  # WebShop: results a page
-    title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that results show, 0: all
+    title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that are shown, 0: all
+    short_pages: bool = True  # WebShop: every button once, the goal on the search page only; ours, for the tiny model
     eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
     eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
@@ -114,8 +115,20 @@ PRESETS = {
     "smoke": dict(max_steps=2, num_prompts=2, num_generations=4, mini_batch_size=8, eval_prompts=8, eval_samples=2,
                   eval_steps=2, save_steps=1),
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_steps=200, learning_rate=1e-6, critic_learning_rate=1e-5,
-                  max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False, eval_prompts=32,
-                  eval_samples=16),
+                  max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False,
+                  short_pages=False, eval_prompts=32, eval_samples=16),
+}
+_SMALL = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
+BY_ENV = {  # what a preset sets for one environment
+    "laptop": _SMALL,
+    "smoke": _SMALL,
+    "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
+                              eval_samples=1)},
+}
+_FILTER = dict(filter_fraction=0.25)
+PAPER_BY_ALGO = {  # the trajectory filter keeps 25 % of the groups; a KL loss on WebShop only
+    ("sokoban", "grpo"): _FILTER, ("sokoban", "ppo"): _FILTER, ("sudoku", "grpo"): _FILTER, ("sudoku", "ppo"): _FILTER,
+    ("frozenlake", "ppo"): _FILTER, ("webshop", "grpo"): dict(kl_coef=0.001),
 }
 _POAD = dict(gamma=0.95, lam=0.95, clip_high=0.2, whiten_mini_batches=True, value_clip=0.2, max_kl=0.02,
              entropy_coef=0.01)
@@ -125,7 +138,6 @@ ALGO_SETTINGS = {  # what the methods' own papers set otherwise
     "ntpo": _POAD,
     "carl": dict(clip_high=0.2, entropy_coef=0.0),
 }
-PAPER_FILTER = {("sokoban", "grpo"), ("sokoban", "ppo"), ("frozenlake", "ppo")}  # there it keeps 25 % of the groups
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,14 +172,20 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
         del saved["preset"]
         return Config(**{**saved, **given}), path
     preset = given.pop("preset", "laptop")
-    changed = dict(PRESETS[preset])
-    if preset == "paper" and (given.get("env", Config.env), given.get("algo", Config.algo)) in PAPER_FILTER:
-        changed["filter_fraction"] = 0.25
-    own = ALGO_SETTINGS.get(given.get("algo"), {})
-    for name, settings in ((f"preset {preset}", changed), (f"algo {given.get('algo')}", own)):
+    env, algo = given.get("env", Config.env), given.get("algo", Config.algo)
+    changed = {}
+    for name, settings in chosen_settings(preset, env, algo).items():
         if settings:
             print(f"{name}:", " ".join(f"--{key} {value}" for key, value in settings.items()))
-    return Config(**{**changed, **own, **given}), None
+        changed |= settings
+    return Config(**{**changed, **given}), None
+
+
+def chosen_settings(preset: str, env: str, algo: str) -> dict[str, dict]:
+    """What is not as `Config` has it, by its reason; later ones win."""
+    of_paper = PAPER_BY_ALGO.get((env, algo), {}) if preset == "paper" else {}
+    return {f"preset {preset}": PRESETS[preset], f"{env} in preset {preset}": BY_ENV[preset].get(env, {}) | of_paper,
+            f"algo {algo}": ALGO_SETTINGS.get(algo, {})}
 
 
 def _boolean(text: str) -> bool:

@@ -29,7 +29,7 @@ import plots
 import train
 from actfocus import answer_span, token_weights
 from checkpoint import State
-from config import Config, config_parser
+from config import BY_ENV, Config, config_parser
 from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
 from methods import env_options, make_episodes
@@ -57,7 +57,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
         folder = checkpoint.find_checkpoint(folder)
         given = {**checkpoint.read_config(run), **given}
     else:
-        given.setdefault("model", str(folder))
+        env = given.get("env", Config.env)
+        given = {"model": str(folder), **BY_ENV["laptop"].get(env, {}), **given}
     return todo, Config(**given), folder
 
 

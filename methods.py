@@ -89,7 +89,7 @@ def env_options(config: Config) -> dict:
             "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen),
             "sudoku": dict(level=config.sudoku_level, hints=config.hints),
             "webshop": dict(data=config.webshop_data or None, results_per_page=config.results_per_page,
-                            title_words=config.title_words)}[config.env]
+                            title_words=config.title_words, short_pages=config.short_pages)}[config.env]
 
 
 def prefix_tree(rows: Sequence[Trajectory]) -> tuple[list[int], list[list[int]]]:

@@ -161,7 +161,8 @@ class WebShop:
     """Search, click through pages, choose options, buy. Reward only at `buy now`: the raw score of the purchase.
 
     Success is a raw score of 1; `strict` pays 1 then and else 0. `results_per_page` and `title_words` (0: whole
-    titles) shorten the pages for small models.
+    titles) shorten the pages for small models; `short_pages` names every button once and the goal only on the search
+    page.
     """
 
     max_turns, actions_per_turn, max_actions = 9, 1, 9
@@ -183,6 +184,7 @@ class WebShop:
         results_per_page: int = 10,
         title_words: int = 0,
         strict: bool = False,
+        short_pages: bool = False,
     ):
         if split not in SPLITS or results_per_page < 1 or title_words < 0:
             raise ValueError(
@@ -190,6 +192,7 @@ class WebShop:
                 f"{split!r}, {results_per_page}, {title_words}"
             )
         self.split, self.results_per_page, self.title_words, self.strict = split, results_per_page, title_words, strict
+        self.short_pages = short_pages
         self.products, self.index, self.goals = open_shop(str(Path(data).resolve()) if data else None)
         self.parts = split_goals(self.goals)
 
@@ -305,10 +308,29 @@ class WebShop:
         page = self.page
         if page.name == "bought":
             return "Thank you for shopping with us!"
+        if self.short_pages:
+            return self._short_page(page)
         actions = self.moves.split(", ")[0] if page.name == "search" else ", ".join(self.legal_actions())
         texts = {"search": self._search_texts, "results": self._result_texts, "item": self._item_texts}
         shown = ["Instruction:", self.goal.text, *texts.get(page.name, self._sub_page_texts)(page)]
         return " [SEP] ".join(shown) + f"\nActions: {actions}"
+
+    def _short_page(self, page: Page) -> str:
+        if page.name == "search":
+            return f"{self.goal.text}."
+        buttons = self._buttons(page)
+        if page.name == "results":
+            lines = [f"{asin.lower()}: {self._title(asin).lower()} {self.products[asin].price_tag}"
+                     for asin in self._shown(page)]
+            return "\n".join([*lines, ", ".join(buttons[: -len(lines) or None])])
+        item = self.products[page.asin]
+        lines = [f"{name}: {', '.join(values)}" for name, values in item.options.items()]
+        lines += [f"Chosen: {', '.join(value for _, value in page.chosen)}"] * bool(page.chosen)
+        if page.name != "item":
+            return "\n".join([*self._sub_page_texts(page)[2:], ", ".join(buttons)])
+        values = {value for group in item.options.values() for value in group}
+        return "\n".join([f"{self._title(page.asin).lower()} {item.price_tag}", *lines,
+                          ", ".join(button for button in buttons if button not in values)])
 
     def _search_texts(self, page: Page) -> list[str]:
         return ["Search"]

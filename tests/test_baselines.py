@@ -713,7 +713,7 @@ def test_another_tree_changes_nothing_in_this_one():
 
 
 def test_equal_returns_give_no_advantage_in_grpo_dapo_and_carl():
-    for value in (0.0, 1.0, -0.75):
+    for value in (0.0, 1.0, -0.75, 0.1, 10.9):
         returns = torch.full((8,), value)
         assert (group_advantages(returns, 4) == 0).all()
         untouched = returns + overlong_penalty(tensor([3, 9, 15, 1, 0, 4, 2, 7]), 20, 5)  # none is too long

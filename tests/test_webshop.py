@@ -140,10 +140,26 @@ def test_training_and_evaluation_seeds_never_share_a_goal():
             env.reset(seed)
             seen.setdefault(kind, set()).add(env.goal.text + env.goal.asin)
     assert not seen["evaluation"] & seen["training"]
-    assert len(seen["evaluation"]) == 80 and len(seen["training"]) == 870
+    assert len(seen["evaluation"]) == len(env.parts["test"]) and len(seen["training"]) == len(env.parts["train"])
     validation = WebShop(split="validation")
     validation.reset(0)
     assert validation.goal is env.parts["validation"][0]
+
+
+def test_short_pages_name_every_button_and_the_goal_on_the_search_page_only():
+    env = WebShop(results_per_page=4, short_pages=True)
+    shown, _ = env.reset(3)
+    assert shown == f"{env.goal.text}."
+    while not shown.startswith("Thank"):
+        shown, *_ = env.step(env.best_actions()[0])
+        names = [action.removeprefix("click[").removesuffix("]") for action in env.legal_actions()]
+        assert all(name in shown for name in names) and (env.page.name == "bought" or names)
+        assert env.goal.text not in shown and "[SEP]" not in shown
+    for page in ("description", "features", "reviews"):
+        env.reset(3)
+        for action in (*env.solve()[:2], f"click[{page}]"):
+            shown, *_ = env.step(action)
+        assert env.page.name == page and shown.endswith("back to search, < prev")
 
 
 def test_the_oracles_purchase_page_by_page():
