@@ -731,7 +731,7 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one_and_keep
     tiny, tmp_path, monkeypatch, algo
 ):
     options = {"model": tiny, "algo": algo, "lam": 0.9, "max_steps": 3, "eval_steps": 3, "success_rate": 0.8,
-               "max_turns": 3}
+               "max_turns": 2}
     monkeypatch.setattr(train, "report", lambda *_: None)  # floors and a plot, of which nothing is looked at here
     assert train.main(flags(**options, output_dir=tmp_path / "whole")) == 0
     iteration = train.iteration

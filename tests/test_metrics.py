@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_batch
 
-from metrics import clipped, describe, rollout_metrics, success_interval, summary, token_metrics
+from metrics import clipped, describe, mean_interval, rollout_metrics, success_interval, summary, token_metrics
 from rollout import Trajectory
 
 
@@ -107,6 +107,19 @@ def test_the_interval_is_the_normal_one_where_levels_are_many_and_the_same_every
 def test_more_samples_of_the_same_levels_are_no_news():
     levels = (np.random.default_rng(0).random((50, 1)) < 0.4).astype(float)
     assert success_interval(np.repeat(levels, 16, axis=1)) == success_interval(levels)
+
+
+def test_the_interval_over_runs_is_students():
+    # mean 4; deviations -3, -1, 4; std √(26 / 2) = 3.6056, standard error 3.6056 / √3 = 2.0817; t₂ = 4.303
+    assert mean_interval([1.0, 3.0, 8.0]) == pytest.approx((4 - 4.303 * 2.0817, 4 + 4.303 * 2.0817), abs=1e-3)
+    assert mean_interval([2.0, 2.0, 2.0, 2.0]) == (2, 2)
+    # two values 1 apart: standard error ½, t₁ = 12.706; sixteen: t₁₅ = 2.131
+    assert mean_interval([0.0, 1.0]) == pytest.approx((0.5 - 6.353, 0.5 + 6.353))
+    sixteen = [0.0, 1.0] * 8  # std √(16 · ¼ / 15) = .5164, standard error .1291
+    assert mean_interval(sixteen) == pytest.approx((0.5 - 2.131 * 0.1291, 0.5 + 2.131 * 0.1291), abs=1e-4)
+    for wrong in ([1.0], [1.0] * 17):
+        with pytest.raises(ValueError, match=f"2 to 16 values, got {len(wrong)}"):
+            mean_interval(wrong)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
