@@ -360,8 +360,10 @@ class Episode:
         env = self.env
         if self.style == "brief":
             return f"{env.brief} Moves: {env.moves}."
-        return (f"{env.task}\nActions: {env.moves}. Put up to {env.actions_per_turn} into one answer, separated by ||. "
-                f"You have {env.max_turns} turns and {env.max_actions} actions in all.\nAnswer as {FORMAT}")
+        n = env.actions_per_turn
+        put = "one into an answer" if n == 1 else f"up to {n} into one answer, separated by ||"
+        return (f"{env.task}\nActions: {env.moves}. Put {put}. You have {env.max_turns} turns and {env.max_actions} "
+                f"actions in all.\nAnswer as {FORMAT}")
 
     def user(self, reward: float | None = None) -> str:
         """The turn's user message: last turn's reward, observation, actions left, required format."""

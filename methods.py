@@ -38,7 +38,7 @@ DAPO_ROUNDS = 8  # at most, of P prompts each
 
 
 def sample(config: Config, state: State, step: int, again: int = 0, samples: int = 0) -> list[Trajectory]:
-    """G rollouts (or `samples`) of each of the step's P prompts. Its levels are no other step's, whatever the seed."""
+    """G rollouts (or `samples`) of each of the step's P prompts; up to MAX_LEVELS a run, no level is met twice."""
     first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
     levels = range(first, first + config.num_prompts)
     episodes = make_episodes(config, levels, samples or config.num_generations)

@@ -97,9 +97,9 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
     for number, mini in enumerate(minis):
         if config.whiten_mini_batches:
             mini.advantages = whiten(mini.advantages, mini.is_response)
-        before = sums["kl"]
+        sums["kl"] = 0.0  # to π_old, of this mini-batch alone
         add_gradients(config, state, mini, sums, first=number == 0)
-        too_far = 0 < config.max_kl < sums["kl"] - before
+        too_far = 0 < config.max_kl < sums["kl"]
         over_kl += too_far
         norms.append(optimizer_step(config, state, policy_too=not too_far))
     finite = [norm for norm in norms if math.isfinite(norm)]
