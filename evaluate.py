@@ -29,10 +29,10 @@ import plots
 import train
 from actfocus import answer_span, token_weights
 from checkpoint import State
-from config import BY_ENV, Config, config_parser
+from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
 from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
-from methods import env_options, make_episodes
+from methods import METHODS, env_options, make_episodes
 from metrics import describe, mean_interval
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
@@ -183,10 +183,12 @@ def bottleneck(config: Config, folder: Path) -> None:
 
 
 def bench(config: Config) -> None:
-    """Ratios of whole parts of the loop to bare work of the model, measured in turn in this process."""
+    """Ratios of whole parts of the loop to bare work of the model, measured in turn in this process, on one thread."""
+    torch.set_num_threads(1)  # as in the runs of results/; a pool of threads would be timed as well
     state = build_state(config)
     print(f"{config.env}, {config.model}, {config.num_prompts} x {config.num_generations} trajectories, "
-          f"{torch.get_num_threads()} threads; median [least, most] of {ROUNDS} rounds")
+          f"1 thread; median [least, most] of {ROUNDS} rounds")
+    _time_rollout(config, state, ROUNDS)  # to warm up
     for style, wanted in (("brief", 2), ("paper", 3)):
         styled = replace(config, prompt_style=style, max_context=4096)
         ours, bare, loop = zip(*(_time_rollout(styled, state, i) for i in range(ROUNDS)), strict=True)
@@ -201,6 +203,11 @@ def bench(config: Config) -> None:
         focus, uniform = zip(*([step[i] for step in pair] for pair in steps), strict=True)
         print(f"step with ActFocus / step with uniform, {name}: {_ratio(focus, uniform)} (at most 1.01 beyond noise)")
     print(f"share of a step that the reference pass takes: {statistics.median(step[0][2] for step in steps):.2f}")
+    for algo in METHODS:
+        rival = replace(config, algo=algo, weights="uniform", **ALGO_SETTINGS.get(algo, {}))
+        state = build_state(rival)
+        ratio = _ratio([_step(rival, state)[0] for _ in range(ROUNDS)], [pair[1][0] for pair in steps])
+        print(f"step of {algo} / step of grpo, both uniform: {ratio}")
 
 
 def _timed(work: Callable[[], object]) -> float:
