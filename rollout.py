@@ -146,58 +146,55 @@ class SlotCache(Cache):
 
     def __init__(self):
         super().__init__(layers=[])
-        self.store: list[list[Tensor]] = []  # per layer [keys, values], (slots, heads, capacity, head width)
+        self.prefixes: list[Tensor] = []  # keys and values of each layer in turn, from the first pass
+        self.store: Tensor | None = None  # all of them, (2 · layers, slots, heads, capacity, head width)
         self.width = self.clean = 0  # positions in use by the pass in progress; positions zeroed so far
 
     def aim(self, start: int, positions: Tensor) -> Tensor:
         """Point the next forward pass at slots start, start + 1, … and give its attention mask, (R, 1, C, width)."""
         self.start, self.positions, self.width = start, positions, int(positions.max()) + 1
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
-        while self.store and self.clean < self.width:
+        while self.store is not None and self.clean < self.width:
             self._extend(64)
         return torch.arange(self.width, device=positions.device) <= positions[:, None, :, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write (R, heads, C, head width) at the aimed slots; give everything up to the widest position."""
-        if layer == len(self.store):  # the first pass, over the prompts
-            self.store.append([keys.clone(), values.clone()])
-            self.clean = self.width
+        if self.store is None:  # the first pass, over the prompts
+            self.prefixes += [keys, values]
             return keys, values
-        views = [tensor[self.start : self.start + len(keys)] for tensor in self.store[layer]]
-        for view, new in zip(views, (keys, values), strict=True):
+        pair = self.store[2 * layer : 2 * layer + 2, self.start : self.start + len(keys)]
+        for view, new in zip(pair, (keys, values), strict=True):
             view[self.rows, :, self.positions] = new.transpose(1, 2)
-        return views[0][:, :, : self.width], views[1][:, :, : self.width]
+        return pair[0, :, :, : self.width], pair[1, :, :, : self.width]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Required by transformers; positions are always passed explicitly."""
         return 0
 
     def expand(self, index: Tensor, capacity: int) -> None:
-        """Slot i becomes a copy of slot index[i], with room for `capacity` positions (touched only when used)."""
-        for pair in self.store:
-            for i, tensor in enumerate(pair):
-                pair[i] = tensor.new_empty(len(index), tensor.shape[1], max(capacity, self.clean), tensor.shape[3])
-                pair[i][:, :, : self.clean] = tensor[index]
+        """Slot i becomes a copy of prefix index[i], with room for `capacity` positions (touched only when used)."""
+        count, (_, heads, self.clean, width) = len(self.prefixes), self.prefixes[0].shape
+        self.store = self.prefixes[0].new_empty(count, len(index), heads, max(capacity, self.clean), width)
+        for part, tensor in zip(self.store, self.prefixes, strict=True):
+            part[:, :, : self.clean] = tensor[index]
+        self.prefixes = []
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Overwrite a slot with the first `length` positions of another."""
-        for tensor in (tensor for pair in self.store for tensor in pair):
-            tensor[target, :, :length] = tensor[source, :, :length]
+        self.store[:, target, :, :length] = self.store[:, source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
-        for tensor in (tensor for pair in self.store for tensor in pair):
-            kept = tensor[one, :, :length].clone()
-            tensor[one, :, :length] = tensor[other, :, :length]
-            tensor[other, :, :length] = kept
+        kept = self.store[:, one, :, :length].clone()
+        self.copy(other, one, length)
+        self.store[:, other, :, :length] = kept
 
     def _extend(self, more: int) -> None:
         """Zero the next positions: what is masked still must not be NaN."""
-        for pair in self.store:
-            for i, tensor in enumerate(pair):
-                if tensor.shape[2] < self.clean + more:
-                    pair[i] = functional.pad(tensor, (0, 0, 0, more))
-                pair[i][:, :, self.clean : self.clean + more] = 0
+        if self.store.shape[3] < self.clean + more:
+            self.store = functional.pad(self.store, (0, 0, 0, more))
+        self.store[:, :, :, self.clean : self.clean + more] = 0
         self.clean += more
 
 
