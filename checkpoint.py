@@ -8,6 +8,7 @@ flushed and renamed, so a folder called checkpoint-N is always whole. Lines of l
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -122,7 +123,8 @@ def read_config(run: Path) -> dict:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Add one JSON line, full precision."""
+    """Add one JSON line, full precision; a number that is not finite is null, as JSON has none."""
+    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -52,7 +52,10 @@ class Critic(nn.Module):
 
 def load_model(name: str) -> PreTrainedModel:
     """A causal language model from a folder or a hub name, float32, dropout off."""
-    return _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+    model = _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError(f"cannot load model {name!r}: it has weights that are not finite")
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -342,7 +342,9 @@ def nan_losses(monkeypatch, which):
 def test_a_nan_is_skipped_and_counted_and_moves_no_weight(tiny, tmp_path, monkeypatch, algo):
     nan_losses(monkeypatch, {2})
     folder = run(tiny, tmp_path / "run", algo=algo, max_steps=3, save_steps=1, micro_batch_tokens=10**6)
-    assert [row["skipped_steps"] for row in lines(folder / "metrics.jsonl")] == [0, 1, 0]
+    rows = lines(folder / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 0]
+    assert [row["loss"] is None for row in rows] == [False, True, False] and "NaN" not in str(rows)
     assert not same_weights(folder / "checkpoint-0", folder / "checkpoint-1")
     assert same_weights(folder / "checkpoint-1", folder / "checkpoint-2")
     assert not same_weights(folder / "checkpoint-2", folder / "checkpoint-3")
@@ -381,6 +383,18 @@ def test_the_count_of_nans_in_a_row_starts_again_after_a_good_step_and_survives_
     with monkeypatch.context() as patch:
         nan_losses(patch, {1, 2})  # three before the resume and these two make five
         assert resume(folder, "--max_steps", "3") == 1
+
+
+def test_a_starting_model_with_a_nan_is_refused_and_leaves_no_run_folder(tiny, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "broken")
+    capsys.readouterr()  # transformers' progress bars so far
+    assert train.main(flags(model=tmp_path / "broken", output_dir=tmp_path / "run")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: cannot load model '{tmp_path / 'broken'}': it has weights that are not finite"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_nan_are_not_saved(tiny, tmp_path):
