@@ -2,6 +2,7 @@
 
     python evaluate.py runs/NAME                    # success, 95 % interval, random floor, oracle ceiling
     python evaluate.py runs/NAME --show_tokens      # two episodes, every token coloured by class and weight
+    python evaluate.py runs/NAME --html page.html   # the same as a page, with the numbers of every token (viewer.py)
     python evaluate.py --floors                     # random floor and oracle ceiling of every environment
     python evaluate.py --plot runs/A runs/B         # learning curves of several runs
     python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
@@ -27,7 +28,8 @@ from torch import Tensor
 import checkpoint
 import plots
 import train
-from actfocus import answer_span, token_weights
+import viewer
+from actfocus import answer_span
 from checkpoint import State
 from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
 from energy import action_bottleneck, group_means
@@ -49,9 +51,20 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     for name in ("show_tokens", "bottleneck", "bench", "floors"):
         parser.add_argument(f"--{name}", action="store_true", default=False)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves and table of these runs")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
+    parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
-    todo = {name: given.pop(name, None) for name in ("show_tokens", "bottleneck", "bench", "floors", "plot")}
-    folder = Path(given.pop("folder"))
+    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside")
+    todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder")
+    if todo["beside"]:
+        if not todo["html"]:
+            raise ValueError("--beside: needs --html PAGE, the page to write")
+        todo["beside"] = settings_of(Path(todo["beside"]), given)
+    return todo, *settings_of(Path(folder), given)
+
+
+def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
+    """A folder's own settings under the flags that were given, and the folder of its model."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     if (run / "eval.jsonl").exists():
         folder = checkpoint.find_checkpoint(folder)
@@ -59,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     else:
         env = given.get("env", Config.env)
         given = {"model": str(folder), **BY_ENV["laptop"].get(env, {}), **given}
-    return todo, Config(**given), folder
+    return Config(**given), folder
 
 
 def report(config: Config, folder: Path) -> None:
@@ -137,28 +150,36 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
 
 def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
     """Print episodes: observations dim, reasoning blue, action tokens on red that deepens with their weight."""
-    rows, batch, _ = scored_rollouts(config, folder, config.num_prompts)
-    alpha, beta = (config.alpha, config.beta) if config.weights == "actfocus" else (1.0, 0.0)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, alpha, beta)
-    tokenizer = load_tokenizer(str(folder))
+    scene = viewer.stage(config, folder)
+    rows, batch, (alpha, beta) = scene.rows, scene.batch, viewer.reach(config)
     print(f"\x1b[2mprompt and observation, weight 0\x1b[0m   \x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
           + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
     for b in range(0, len(rows), config.num_generations)[:episodes]:
-        row, out, legend = rows[b], [], []
-        for t, piece in enumerate(token_pieces(tokenizer, row.tokens)):
+        row, out = rows[b], []
+        for t, piece in enumerate(token_pieces(scene.tokenizer, row.tokens)):
             kind = "action" if row.is_action[t] else "reasoning" if row.is_response[t] else "prompt"
-            weight = batch.weights[b, t].item()
-            out.append(_paint(kind, weight, beta, piece))
-            if kind == "action":
-                legend.append(f"{piece.strip()} E {batch.energy[b, t]:.2f} w {weight:.2f}")
+            out.append(_paint(kind, batch.weights[b, t].item(), beta, piece))
         print(f"\nlevel {row.episode.seed}, return {row.episode.return_:.1f}, success {row.episode.success}")
-        print("".join(out), "\naction tokens, energy in nats and weight: " + " · ".join(legend), sep="\n")
+        print("".join(out), *_action_table(scene, b), sep="\n")
+    if scene.missing:
+        print(f"advantages not shown: {scene.missing}")
+
+
+def _action_table(scene: viewer.Scene, b: int) -> list[str]:
+    """Lines: the action tokens of a rollout, turn by turn, with their numbers."""
+    row, batch, lines = scene.rows[b], scene.batch, ["turn  energy  weight  advantage  action token"]
+    for k, (start, end) in enumerate(row.spans):
+        for t, piece in enumerate(token_pieces(scene.tokenizer, row.tokens[start:end]), start):
+            if row.is_action[t]:
+                advantage = "-" if scene.missing else f"{batch.advantages[b, t]:+.2f}"
+                lines.append(f"{k + 1:4d} {batch.energy[b, t]:7.2f} {batch.weights[b, t]:7.2f} {advantage:>10}  "
+                             f"{piece.strip()}")
+    return lines
 
 
 def _paint(kind: str, weight: float, beta: float, text: str) -> str:
     reds = (224, 217, 210, 203, 196)  # of the terminal's 256 colours, from pale to full red
-    share = (weight - 1) / beta if beta else 1.0
-    code = {"prompt": "2", "reasoning": "34"}.get(kind) or f"30;48;5;{reds[min(4, max(0, int(5 * share)))]}"
+    code = {"prompt": "2", "reasoning": "34"}.get(kind) or f"30;48;5;{reds[viewer.intensity(True, weight, beta)]}"
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
@@ -309,6 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench(config)
         elif todo["bottleneck"]:
             bottleneck(config, folder)
+        elif todo["html"]:
+            sides = [(config, folder), *([todo["beside"]] if todo["beside"] else [])]
+            print(f"page {todo['html']} ({viewer.write_page(todo['html'], sides) / 1000:.0f} kB)")
         elif todo["show_tokens"]:
             show_tokens(config, folder)
         else:

@@ -8,6 +8,7 @@ from tiny import SMOKE, flags
 import evaluate
 import methods
 import train
+import viewer
 from envs import ENVS, Episode
 from rollout import rollout
 
@@ -69,7 +70,7 @@ def test_plot_draws_the_learning_curves_of_several_runs(runs, tmp_path, capsys):
 
 def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tiny, capsys, monkeypatch):
     rows = []
-    monkeypatch.setattr(evaluate, "rollout", lambda *arguments: rows.extend(rollout(*arguments)) or rows)
+    monkeypatch.setattr(viewer, "rollout", lambda *arguments: rows.extend(rollout(*arguments)) or rows)
     out = printed(capsys, tiny, "--show_tokens", *SHORT)
     plain, tokenizer = ANSI.sub("", out), evaluate.load_tokenizer(str(tiny))
     for row in (rows[0], rows[SMOKE["num_generations"]]):
@@ -81,7 +82,7 @@ def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tin
     moves = "".join(tokenizer.decode(token).strip() for row in (rows[0], rows[SMOKE["num_generations"]])
                     for token, is_action in zip(row.tokens, row.is_action, strict=True) if is_action)
     assert painted[r"30;48;5;\d+"].replace(" ", "") == moves != ""
-    assert re.search(r"Left E -?\d+\.\d\d w 1\.\d\d|Right E -?\d+\.\d\d w 1\.\d\d", plain)
+    assert re.search(r"^ +1 +-?\d+\.\d\d +1\.\d\d +[+-]\d\.\d\d  (Left|Right|Up|Down)$", plain, re.M)
 
 
 def test_bottleneck_prints_both_signals_for_three_classes_and_draws_them(tiny, tmp_path, capsys, monkeypatch):
