@@ -236,7 +236,8 @@ PAGE = Template("""<!DOCTYPE html>
 <body><header><h1>$title</h1>
 <p>Point at a token, tap it, or reach it with Tab and the arrow keys: its numbers stand at the bottom.</p>
 <p class="key"><span class="r0">Reasoning</span> <span class="r4">tokens</span>: from weight 0 to 1.
-<span class="a0">Action</span> <span class="a4">tokens</span>: bold, underlined, from weight 1 to 1 + β.</p>
+<span class="a0">Action</span> <span class="a4">tokens</span>: bold, underlined, from weight 1 to 1 + β. Unshaded: not
+trained.</p>
 <details><summary>What the numbers are</summary>
 <p>The batch: G rollouts on each of P levels. Log-prob: of the token under the policy that wrote it, at the temperature
 of sampling, in nats. Entropy: of that distribution. Energy: E = -log Σ exp f over the reference's logits f before the

@@ -129,6 +129,19 @@ def test_the_numbers_on_the_page_are_those_of_a_training_step(scene, page):
     assert not list(tokens)
 
 
+def test_the_page_takes_the_level_whose_returns_vary_most_and_its_best_and_worst_rollout(scene):
+    returns = torch.tensor([0.5, 0.5, 0.0, 0.5, 0.0, 1.0, 0.5, 0.0])  # two levels, four rollouts each
+    changed = scene._replace(batch=replace(scene.batch, returns=returns))
+    page = viewer.build_page([changed]).decode()
+    wanted = [f"{scene.rows[b].logp[t]:.3f}" for b in (5, 7) for t in scene.batch.is_response[b].nonzero()[:, 0]]
+    assert [numbers[0] for _, numbers, _ in Page(page).tokens] == wanted
+    assert ", level 1: " in page and "Best of 4" in page and "Worst of 4" in page
+    assert "<dt>returns</dt><dd>1 × 1.00, 1 × 0.50, 2 × 0.00</dd>" in page
+    alike = scene._replace(batch=replace(scene.batch, returns=torch.zeros(8)))
+    page = viewer.build_page([alike]).decode()
+    assert page.count("One of 4") == 2 and "Best" not in page and "Worst" not in page
+
+
 def test_the_policy_is_the_runs_and_the_energies_are_of_the_model_it_started_from(scene, tiny):
     policy = viewer.load_model(str(scene.folder))
     assert scene.folder.name == "checkpoint-2" and scene.config.model == str(tiny)
@@ -190,10 +203,12 @@ def test_whatever_an_observation_holds_is_shown_as_text(scene):
     assert "<b>" not in page and "alert(1)</script>" not in page and "\0" not in page and "\x1b" not in page
 
 
-def test_a_token_of_markup_stays_one_token(scene, monkeypatch):
+def test_markup_that_the_model_read_or_wrote_stays_text(scene, monkeypatch):
     monkeypatch.setattr(viewer, "token_pieces", lambda tokenizer, ids: ['</span>"<i>&amp;'] * len(ids))
+    monkeypatch.setattr(scene.tokenizer, "decode", lambda ids: NASTY)
     page = viewer.build_page([scene]).decode()
     assert {text for *_, text in Page(page).tokens} == {'</span>"<i>&amp;'}
+    assert NASTY.translate(PICTURES).replace("\ud800", "?") in Page(page).texts["pre"] and "<b>" not in page
 
 
 def luminance(colour):
