@@ -124,7 +124,7 @@ def read_config(run: Path) -> dict:
 
 def append_line(path: Path, row: dict) -> None:
     """Add one JSON line, full precision; a number that is not finite is null, as JSON has none."""
-    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -24,7 +24,8 @@ NAMES = {  # llama.cpp's name of a tensor → transformers'
     "token_embd": "model.embed_tokens", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 CONTROL = 3  # GGUF's type of a special token
 
@@ -118,9 +119,8 @@ def read_tokenizer(reader) -> PreTrainedTokenizerFast:
     ])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = value("ggml.token_type")
-    tokenizer.add_special_tokens([
-        AddedToken(text, normalized=False, special=True) for text, kind in zip(texts, kinds, strict=True) if kind == CONTROL
-    ])
+    control = [text for text, kind in zip(texts, kinds, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     special = {f"{name}_token": texts[i] for name, i in special_ids(reader).items()}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=value("chat_template"), **special)
 
