@@ -2,6 +2,7 @@
 
 import math
 
+import graded
 import literal
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ def logits_of(seed, *shape):
 
 
 def test_eq4_energies_by_hand():
+    """Minus the log of the sum of exps, over the last dimension."""
     # exp f = 1, 2, 5: -log 8 = -2.0794415.    f = 0, 0, 0: -log 3 = -1.0986123.    f = -1, -1, -1: 1 - log 3.
     logits = tensor([[0.0, math.log(2), math.log(5)], [0, 0, 0], [-1, -1, -1]])
-    assert_close(energy.token_energy(logits), tensor([-2.0794415, -1.0986123, -0.0986123]))
+    assert_close(graded.token_energy(logits), tensor([-2.0794415, -1.0986123, -0.0986123]))
 
 
 def test_entropies_by_hand():
@@ -40,7 +42,7 @@ def test_policy_nll_and_logprob_shift_by_hand():
 def test_energy_and_entropy_equal_the_loops(seed):
     logits = logits_of(seed, 2, 3, 7)
     for vectorised, loop in (
-        (energy.token_energy, literal.token_energy),
+        (graded.token_energy, literal.token_energy),
         (energy.token_entropy, literal.token_entropy),
     ):
         expected = [[loop(position) for position in row] for row in logits.tolist()]
@@ -51,20 +53,22 @@ def test_a_constant_added_to_all_logits_moves_energy_by_minus_it_and_leaves_soft
     logits = logits_of(0, 4, 9)
     for c in (-20.0, 0.5, 300.0):
         assert_close((logits + c).softmax(-1), logits.softmax(-1))
-        assert_close(energy.token_energy(logits + c), energy.token_energy(logits) - c)
+        assert_close(graded.token_energy(logits + c), graded.token_energy(logits) - c)
         assert_close(energy.token_entropy(logits + c), energy.token_entropy(logits))
 
 
 def test_one_dominant_logit_is_the_energy_and_leaves_no_entropy():
+    """exp(500) is infinite: take the largest logit out of the sum first, or let logsumexp do it."""
     logits = tensor([[500.0, 0.0, 1.0], [-2000.0, -1000.0, -3000.0]])
-    assert_close(energy.token_energy(logits), tensor([-500.0, 1000.0]))  # neither inf nor nan: no exp of 500
+    assert_close(graded.token_energy(logits), tensor([-500.0, 1000.0]))  # neither inf nor nan: no exp of 500
     assert_close(energy.token_entropy(logits), tensor([0.0, 0.0]))
 
 
 def test_energy_and_entropy_do_not_depend_on_the_order_of_the_vocabulary_or_on_other_positions():
+    """The sum runs over the vocabulary, the last dimension, and over nothing else."""
     logits = logits_of(1, 5, 8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    for signal in (energy.token_energy, energy.token_entropy):
+    for signal in (graded.token_energy, energy.token_entropy):
         assert_close(signal(logits[:, order]), signal(logits))
         assert_close(signal(logits[2]), signal(logits)[2])
 
@@ -76,9 +80,9 @@ def test_entropy_lies_between_zero_and_log_v():
 
 def test_energy_and_entropy_pass_gradcheck_and_energys_gradient_is_minus_the_softmax():
     logits = logits_of(3, 2, 5).requires_grad_()
-    assert torch.autograd.gradcheck(energy.token_energy, logits)
+    assert torch.autograd.gradcheck(graded.token_energy, logits)
     assert torch.autograd.gradcheck(energy.token_entropy, logits)
-    energy.token_energy(logits).sum().backward()
+    graded.token_energy(logits).sum().backward()
     assert_close(logits.grad, -logits.detach().softmax(-1))
 
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import rollout as module
 from actfocus import policy_loss
 from envs import Episode, make_env
-from policy import load_model, load_tokenizer, score_tokens
+from policy import TINY, load_model, load_tokenizer, score_tokens
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
 
 pytest_plugins = ["tiny"]
@@ -144,8 +144,8 @@ def test_the_ids_trained_are_the_ids_sampled(tiny, monkeypatch):
     ]
 
 
-def test_ids_survive_where_decoding_and_encoding_again_would_give_others(tiny):
-    tokenizer = load_tokenizer(str(tiny))
+def test_ids_survive_where_decoding_and_encoding_again_would_give_others():
+    tokenizer = load_tokenizer(str(TINY))
     names = ["<think>", "</think>", "<answer>", "D", "o", "w", "n", "</answer>"]
     wanted = tokenizer.convert_tokens_to_ids(names)
     (newline,) = tokenizer.encode("\n")

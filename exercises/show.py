@@ -1,0 +1,32 @@
+"""Prints some keys of several runs side by side, a line a step.
+
+    python exercises/show.py grad_norm,kl_ref runs/one runs/other
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 2 where a run or a key does not exist."""
+    if len(argv) < 2:
+        print("usage: python exercises/show.py KEY,KEY,… RUN RUN …", file=sys.stderr)
+        return 2
+    keys, folders = argv[0].split(","), [Path(name) for name in argv[1:]]
+    try:
+        texts = [(folder / "metrics.jsonl").read_text(encoding="utf-8") for folder in folders]
+        runs = [[json.loads(line) for line in text.splitlines()] for text in texts]
+        columns = [[f"{folder.name}:{key}", *(f"{row[key]:.6g}" for row in rows)]
+                   for folder, rows in zip(folders, runs, strict=True) for key in keys]
+    except (OSError, KeyError) as error:
+        print(f"error: no such run or key: {error}", file=sys.stderr)
+        return 2
+    columns.insert(0, ["step", *(str(row["step"]) for row in runs[0])])
+    for cells in zip(*columns, strict=False):
+        print(*(f"{cell:>{len(column[0])}}" for cell, column in zip(cells, columns, strict=True)), sep="  ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
