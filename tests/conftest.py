@@ -49,7 +49,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtest_logreport(report):
     """Keep the outcome of every test itself."""
-    if report.when == "call":
+    if selected and report.when == "call":
         reports[report.nodeid] = report
 
 

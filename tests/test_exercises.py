@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from config import parse
+
 ROOT = Path(__file__).parents[1]
 EXERCISES = ROOT / "exercises"
 BUGS = dict(re.findall(r"^\| (bug\d) \|.*\| `(tests/\S+)` \|$", (EXERCISES / "bugs" / "answers.md").read_text(), re.M))
@@ -174,3 +176,27 @@ def test_there_are_three_hints_for_each_function_and_a_clear_line_otherwise(caps
         assert len(set(shown)) == 3 and all(len(text) > 40 for text in shown)
     for arguments in ([], ["gae"], ["gae", "4"], ["gea", "1"]):
         assert hints.main(arguments) == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["exercises/README.md", "exercises/bugs/README.md", "docs/lab.md"])
+def test_the_flags_and_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"python train\.py (.+?)(?:`|;|$)", text, re.M) + re.findall(r"`(--\w+ [^`]+)`", text)
+    assert commands
+    for command in commands:
+        if not re.search("FLAGS|resume_from_checkpoint", command):
+            parse(command.replace("$alpha", "0.1").split())
+    for path in re.findall(r"(?:exercises|docs|tests)/[\w./-]*\w\.(?:py|md|patch)", text):
+        assert (ROOT / path).exists() or path == "exercises/my_answer.py", path
+
+
+def test_show_prints_a_line_a_step_and_one_clear_line_for_what_does_not_exist(capsys):
+    sys.path.append(str(EXERCISES))
+    import show
+
+    run = str(ROOT / "results" / "runs" / "frozenlake-grpo-actfocus-seed0")
+    assert show.main(["success,kl_ref", run, run]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 31 and len(printed[0].split()) == 5 and printed[30].split()[0] == "30"
+    for arguments in (["success"], ["nothing", run], ["success", "nowhere"]):
+        assert show.main(arguments) == 2 and len(capsys.readouterr().err.splitlines()) == 1
