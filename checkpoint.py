@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import parallel
 from policy import Critic, load_model
 
 STATE = "trainer_state.pt"
@@ -59,7 +60,7 @@ def new_run(config: dict) -> Path:
                          cwd=Path(__file__).parent)
     about = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
              "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
-             "machine": platform.machine()}
+             "machine": platform.machine(), "ranks": parallel.ranks() if parallel.running() else None}
     (run / "config.json").write_text(json.dumps({"config": config, **about}, indent=2) + "\n", encoding="utf-8")
     return run
 

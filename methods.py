@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import parallel
 from actfocus import gae, group_advantages, whiten
 from baselines import (
     criticality,
@@ -37,12 +38,9 @@ MAX_LEVELS = 100_000  # of one seed's steps; DAPO's later rounds draw theirs bey
 DAPO_ROUNDS = 8  # at most, of P prompts each
 
 
-def sample(config: Config, state: State, step: int, again: int = 0, samples: int = 0) -> list[Trajectory]:
-    """G rollouts (or `samples`) of each of the step's P prompts; up to MAX_LEVELS a run, no level is met twice."""
-    first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
-    levels = range(first, first + config.num_prompts)
-    episodes = make_episodes(config, levels, samples or config.num_generations)
-    return rollout(state.policy, state.tokenizer, episodes, state.generator, *rollout_settings(config))
+def sample(config: Config, state: State, step: int, again: int = 0) -> list[Trajectory]:
+    """G rollouts of each of the step's P prompts; up to MAX_LEVELS a run, no level is met twice."""
+    return all_ranks(lambda: play_prompts(config, state, step, again, config.num_generations))
 
 
 def sample_until_varied(config: Config, state: State, step: int) -> list[Trajectory]:
@@ -59,9 +57,34 @@ def sample_until_varied(config: Config, state: State, step: int) -> list[Traject
 def sample_trees(config: Config, state: State, step: int) -> list[Trajectory]:
     """N₀ rollouts of each prompt, then forks where the policy is least sure, G in all. CARL."""
     def play(forks: list[Trajectory]) -> list[Trajectory]:
-        return play_on(state.policy, state.tokenizer, forks, state.generator, *rollout_settings(config))
+        return play_on(state.policy, state.tokenizer, forks, noise(state.generator), *rollout_settings(config))
 
-    return grow_trees(sample(config, state, step, samples=config.carl_first), config.num_generations, play)
+    def grow() -> list[Trajectory]:
+        return grow_trees(play_prompts(config, state, step, 0, config.carl_first), config.num_generations, play)
+
+    return all_ranks(grow)
+
+
+def play_prompts(config: Config, state: State, step: int, again: int, samples: int) -> list[Trajectory]:
+    """`samples` rollouts of each of this rank's share of the step's prompts."""
+    first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
+    episodes = make_episodes(config, parallel.block(range(first, first + config.num_prompts)), samples)
+    return rollout(state.policy, state.tokenizer, episodes, noise(state.generator), *rollout_settings(config))
+
+
+def all_ranks(play: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+    """What every rank plays, finished and in order of the prompts: the batch does not depend on how many ranks."""
+    rows = parallel.agree(play)
+    if not parallel.running():
+        return rows
+    for row in rows:
+        row.episode.env = None  # it has done its work, and a whole shop would have to be sent
+    return [row for part in parallel.gather(rows) for row in part]
+
+
+def noise(generator: torch.Generator) -> torch.Generator | None:
+    """One generator of all sampling; with ranks none, so that every trajectory draws its own numbers on any of them."""
+    return None if parallel.running() else generator
 
 
 def rollout_settings(config: Config) -> tuple[float, int, int]:
@@ -230,9 +253,10 @@ def critic_values(config: Config, state: State, batch: Batch) -> Tensor:
     """(B, T): V before every response token, without gradient."""
     values = torch.zeros(batch.tokens.shape)
     with torch.no_grad():
-        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens):
+        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
             part = batch.take(rows)
             values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response)
+    parallel.add_up([values])
     return values
 
 

@@ -147,10 +147,13 @@ def pad(rows: Sequence[Sequence], dtype: torch.dtype) -> Tensor:
     return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True)
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Row numbers, longest rows together, each list at most `token_budget` tokens with its padding (or one row)."""
+def micro_batches(lengths: Sequence[int], token_budget: int, part: int = 0, parts: int = 1) -> list[list[int]]:
+    """Row numbers, longest rows together, each list at most `token_budget` tokens with its padding (or one row).
+
+    Of several parts, whose rows are dealt out in order of length, only one: a rank's share of a pass.
+    """
     batches, width = [], 0
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i])[part::parts]:
         if not batches or (len(batches[-1]) + 1) * width > token_budget:
             batches.append([])
             width = lengths[row]

@@ -9,7 +9,8 @@ batch, and rows wait to read their observations together while the others write.
 writers | readers | free, so every forward pass works on a view of the cache.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -218,8 +219,9 @@ class Engine:
 
 
 def rollout(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], generator: torch.Generator,
-    temperature: float = 1.0, max_response_tokens: int = 96, max_context: int = 2048, engine: Engine | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode],
+    generator: torch.Generator | None, temperature: float = 1.0, max_response_tokens: int = 96,
+    max_context: int = 2048, engine: Engine | None = None,
 ) -> list[Trajectory]:
     """Play every fresh episode to its end under `model`; arguments and errors as in `play_on`."""
     texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
@@ -230,13 +232,15 @@ def rollout(
 
 @torch.no_grad()
 def play_on(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Trajectory], generator: torch.Generator,
-    temperature: float = 1.0, max_response_tokens: int = 96, max_context: int = 2048, engine: Engine | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Trajectory],
+    generator: torch.Generator | None, temperature: float = 1.0, max_response_tokens: int = 96,
+    max_context: int = 2048, engine: Engine | None = None,
 ) -> list[Trajectory]:
     """Continue B trajectories, each before a response, to the end of their episodes.
 
     Args:
-        rows: equal prefixes are run once.   generator: of all sampling, on the model's device.
+        rows: equal prefixes are run once.   generator: of all sampling, on the model's device; with None every row
+            has a generator of its own, seeded by level and replica, whoever else is played beside it.
         temperature: > 0.   max_response_tokens: a longer response is cut, which makes its turn invalid.
         max_context: an episode whose next turn might not fit ends there.
     Returns:
@@ -249,7 +253,7 @@ def play_on(
     engine = engine or Engine(model)
     logits = _read_prefixes(engine, rows, max_context - max_response_tokens, max_context)
     order, pending = list(rows), {}  # slot → trajectory; id of a waiting trajectory → tokens it has still to read
-    may_end = _may_end(tokenizer)
+    may_end, draw = _may_end(tokenizer), _noise(generator, rows)
     writing = live = len(order)
     while live:
         if live - writing >= max(writing, 1) / 2 or not writing:  # enough readers: let them read together
@@ -257,7 +261,7 @@ def play_on(
             seen = [len(row.tokens) - len(ids) for row, ids in zip(order[writing:live], new, strict=True)]
             read = engine.forward(new, writing, seen) if new else logits[:0]
             logits, writing = torch.cat([logits, read]), live
-        ended = _write(order[:writing], logits, temperature, generator, may_end, tokenizer, max_response_tokens)
+        ended = _write(order[:writing], logits, temperature, draw, may_end, tokenizer, max_response_tokens)
         for slot in reversed(ended):
             row, writing = order[slot], writing - 1
             message = row.episode.act(_answer(row.close(tokenizer)))
@@ -291,13 +295,21 @@ def _read_prefixes(engine: Engine, rows: Sequence[Trajectory], room: int, capaci
     return logits[index]
 
 
-def _write(rows, logits, temperature, generator, may_end, tokenizer, max_response_tokens) -> list[int]:
+def _noise(generator: torch.Generator | None, rows: Sequence[Trajectory]) -> Callable[[Sequence[Trajectory]], Tensor]:
+    """What draws (R, 1) numbers in [0, 1) for the rows that are writing."""
+    if generator is not None:
+        return lambda writers: torch.rand(len(writers), 1, generator=generator, device=generator.device)
+    own = {id(row): random.Random(f"{row.episode.seed} {row.episode.replica}") for row in rows}
+    return lambda writers: torch.tensor([[own[id(row)].getrandbits(24) / 2**24] for row in writers])
+
+
+def _write(rows, logits, temperature, draw, may_end, tokenizer, max_response_tokens) -> list[int]:
     """Sample one token for every row; returns the numbers of the rows whose response ended with it."""
     logq = (logits / temperature).log_softmax(-1)  # (R, V)
     probs = logq.exp()
     cumulative = probs.cumsum(1)  # inverse transform sampling: a tenth of torch.multinomial's time
-    draw = torch.rand(len(probs), 1, generator=generator, device=probs.device) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, draw, right=True).clamp(max=probs.shape[1] - 1)  # (R, 1)
+    reached = draw(rows).to(probs.device) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, reached, right=True).clamp(max=probs.shape[1] - 1)  # (R, 1)
     chosen = logq.gather(1, tokens)
     entropy = -(probs * logq).sum(1, keepdim=True)
     norm = (1 - 2 * chosen.exp() + probs.square().sum(1, keepdim=True)).clamp(min=0).sqrt()  # ‖onehot - p‖

@@ -15,22 +15,24 @@ Differs from the paper: defaults marked "ours" fit two cores; a step whose gradi
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 import plots
 from actfocus import policy_loss, token_weights, whiten
 from baselines import kl_estimate, value_loss
 from checkpoint import State
 from config import CRITIC, Config, parse
 from envs import oracle_player, play, random_player
-from methods import METHODS, build_env, make_episodes
+from methods import METHODS, all_ranks, build_env, make_episodes, noise
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
     TokenScores,
@@ -49,7 +51,8 @@ MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run g
 
 def train(config: Config, state: State, run: Path) -> None:
     """Iterations until `max_steps`, each logged, and where due evaluated and saved."""
-    progress = tqdm(range(state.step, config.max_steps), initial=state.step, total=config.max_steps, disable=None)
+    progress = tqdm(range(state.step, config.max_steps), initial=state.step, total=config.max_steps,
+                    disable=True if parallel.rank() else None)
     for step in progress:
         row, _ = iteration(config, state, step)
         state.step = step + 1
@@ -80,11 +83,12 @@ def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Confi
     """What a frozen model says of the whole batch, (B, T) each."""
     scores = TokenScores(*(torch.zeros(batch.tokens.shape) for _ in TokenScores._fields))
     with torch.no_grad():
-        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens):
+        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
             part = batch.take(rows)
             pieces = score_tokens(model, part.tokens, part.is_response, config.temperature)
             for whole, piece in zip(scores, pieces, strict=True):
                 whole[rows, : piece.shape[1]] = piece
+    parallel.add_up(scores)  # zeros where another rank has the row
     return scores
 
 
@@ -102,6 +106,7 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
         too_far = 0 < config.max_kl < sums["kl"]
         over_kl += too_far
         norms.append(optimizer_step(config, state, policy_too=not too_far))
+    sums = parallel.total(sums)
     finite = [norm for norm in norms if math.isfinite(norm)]
     tokens, count = max(1, int(batch.is_response.sum())), max(1, len(minis))
     k3 = kl_estimate(batch.old_logp, batch.ref_logp, "k3")[batch.is_response]
@@ -112,9 +117,12 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
 
 
 def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, float], first: bool) -> None:
-    """Loss and gradient of one mini-batch, a micro-batch at a time; every mean is over the whole mini-batch."""
+    """Loss and gradient of one mini-batch, a micro-batch at a time; every mean is over the whole mini-batch.
+
+    Each rank adds its rows' share to `sums`; the gradients and the KL are those of all ranks.
+    """
     total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
-    for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens):
+    for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
         part = mini.take(rows)
         scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
         loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
@@ -134,6 +142,17 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
             sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().max().item())
         sums["clipped"] += clipped(log_ratio, part.advantages, config.clip_low, config.clip_high)
         sums["kl"] += kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3").sum().item() / tokens
+    sums["kl"] = sum(parallel.gather(sums["kl"]))
+    for model in (state.policy, state.critic) if state.critic else (state.policy,):
+        parallel.add_up(gradients(model))
+
+
+def gradients(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Of every parameter, zeros where a rank had no row to make them from."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        yield parameter.grad
 
 
 def optimizer_step(config: Config, state: State, policy_too: bool = True) -> float:
@@ -160,33 +179,45 @@ def record(config: Config, state: State, run: Path, row: dict, progress: tqdm) -
                    f"invalid {row['invalid_turns']:.3f}  action entropy {row['entropy_action']:.2f}  "
                    f"action gradient {row['gradient_share_action']:.2f}  kl {row['kl_ref']:.4f}  {seconds:5.1f} s",
                    file=sys.stdout)
-    checkpoint.append_line(run / "metrics.jsonl", row)
+    if parallel.rank() == 0:
+        checkpoint.append_line(run / "metrics.jsonl", row)
     last = state.step == config.max_steps
     if last or state.step % config.eval_steps == 0:
         evaluate_step(config, state, run)
     if last or state.step % config.save_steps == 0:
-        checkpoint.save(state, run)
+        save(state, run)
+
+
+def save(state: State, run: Path) -> None:
+    """A checkpoint, written by rank 0; the others learn of it when that fails."""
+    parallel.agree(lambda: checkpoint.save(state, run) if parallel.rank() == 0 else None)
 
 
 def evaluate_step(config: Config, state: State, run: Path) -> dict:
     """Evaluate, keep the numbers and two episodes as text."""
     result, rows = evaluate_policy(config, state.policy, state.tokenizer)
-    checkpoint.append_line(run / "eval.jsonl", {"step": state.step, **result})
-    texts = [state.tokenizer.decode(row.tokens) + f"\nreturn {row.episode.return_:.1f}\n" for row in rows[:2]]
-    (run / "samples" / f"step-{state.step}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    if parallel.rank() == 0:
+        checkpoint.append_line(run / "eval.jsonl", {"step": state.step, **result})
+        texts = [state.tokenizer.decode(row.tokens) + f"\nreturn {row.episode.return_:.1f}\n" for row in rows[:2]]
+        (run / "samples" / f"step-{state.step}.txt").write_text("\n\n".join(texts), encoding="utf-8")
     tqdm.write(f"evaluation at step {state.step}: {describe(result)}", file=sys.stdout)
     return result
 
 
 def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Trajectory]]:
     """Success on the fixed evaluation levels 0, 1, …, with the same sampling noise every time."""
-    generator = torch.Generator(policy.device).manual_seed(0)
-    rows: list[Trajectory] = []
+    generator = noise(torch.Generator(policy.device).manual_seed(0))
     at_once = max(1, 256 // config.eval_samples)  # levels whose rollouts share one cache
-    for first in range(0, config.eval_prompts, at_once):
-        episodes = make_episodes(config, range(first, min(first + at_once, config.eval_prompts)), config.eval_samples)
-        rows += rollout(policy, tokenizer, episodes, generator, config.eval_temperature, config.max_response_tokens,
-                        config.max_context)
+
+    def play_levels() -> list[Trajectory]:
+        levels, rows = parallel.block(range(config.eval_prompts)), []
+        for first in range(0, len(levels), at_once):
+            episodes = make_episodes(config, levels[first : first + at_once], config.eval_samples)
+            rows += rollout(policy, tokenizer, episodes, generator, config.eval_temperature,
+                            config.max_response_tokens, config.max_context)
+        return rows
+
+    rows = all_ranks(play_levels)
     return summary([row.episode for row in rows], config.eval_samples), rows
 
 
@@ -212,34 +243,63 @@ def build_state(config: Config) -> State:
                  torch.Generator().manual_seed(config.seed), critic, critic_optimizer)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; exit code 2 for a user's mistake, 1 for a run that broke down."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config, path = parse(argv)
-        state = build_state(config)
-        if path:
-            checkpoint.restore(state, path)
-        run = path.parent if path else checkpoint.new_run(asdict(config))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def prepare(argv: Sequence[str] | None) -> tuple[Config, State, Path | None]:
+    """Settings, what they start from, and the checkpoint when a run resumes."""
+    config, path = parse(argv)
+    if config.num_prompts % parallel.ranks():
+        raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
+    state = build_state(config)
     if path:
-        checkpoint.forget_later(run, state.step)
-    else:
-        checkpoint.save(state, run)
-    if not checkpoint.read_lines(run / "eval.jsonl"):
+        checkpoint.restore(state, path)
+    return config, state, path
+
+
+def open_run(config: Config, state: State, path: Path | None) -> Path:
+    """The run folder, new or without what came after the checkpoint."""
+    if not path:
+        return checkpoint.new_run(asdict(config))
+    checkpoint.forget_later(path.parent, state.step)
+    return path.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 for a user's mistake, 1 for a run that broke down; on every rank the same."""
+    parallel.start()
+    return parallel.stop(launch(argv))
+
+
+def launch(argv: Sequence[str] | None) -> int:
+    """A run from its command line to its report; of several ranks the first one writes."""
+    transformers.utils.logging.disable_progress_bar()
+    writes = parallel.rank() == 0
+    try:
+        config, state, path = parallel.agree(lambda: prepare(argv))
+        run = parallel.agree(lambda: open_run(config, state, path) if writes else None)
+        run, evaluated = parallel.gather((run, writes and checkpoint.read_lines(run / "eval.jsonl")))[0]
+    except (ValueError, OSError) as error:
+        complain(f"error: {error}")
+        return 2
+    if not path:
+        save(state, run)
+    if not evaluated:
         evaluate_step(config, state, run)
     try:
         train(config, state, run)
     except PromptTooLong as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except FloatingPointError as error:
-        print(f"stopped: {error}; the last checkpoint is {checkpoint.find_checkpoint(run)}", file=sys.stderr)
+        complain(f"stopped: {error}; the last checkpoint is {checkpoint.find_checkpoint(run)}")
         return 1
-    report(config, run)
+    if writes:
+        report(config, run)
     return 0
+
+
+def complain(line: str) -> None:
+    """Why a run ends, once."""
+    if parallel.rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def report(config: Config, run: Path) -> None:

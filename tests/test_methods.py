@@ -388,7 +388,7 @@ def unchanged(model, before):
 def test_a_tree_without_forks_trains_nothing_and_moves_no_weight(tiny):
     settings = config(tiny, algo="carl", mini_batch_size=2, entropy_coef=0.1)
     state = train.build_state(settings)
-    rows, before = methods.sample(settings, state, 0, samples=1), parameters(state.policy)
+    rows, before = methods.play_prompts(settings, state, 0, 0, 1), parameters(state.policy)
     assert len(rows) == 2
     batch = Batch.of(rows)
     batch.ref_logp = batch.old_logp
