@@ -240,7 +240,7 @@ def play_on(
 
     Args:
         rows: equal prefixes are run once.   generator: of all sampling, on the model's device; with None every row
-            has a generator of its own, seeded by level and replica, whoever else is played beside it.
+            has a generator of its own, seeded by its level, replica and forks, whoever is played beside it.
         temperature: > 0.   max_response_tokens: a longer response is cut, which makes its turn invalid.
         max_context: an episode whose next turn might not fit ends there.
     Returns:
@@ -299,7 +299,8 @@ def _noise(generator: torch.Generator | None, rows: Sequence[Trajectory]) -> Cal
     """What draws (R, 1) numbers in [0, 1) for the rows that are writing."""
     if generator is not None:
         return lambda writers: torch.rand(len(writers), 1, generator=generator, device=generator.device)
-    own = {id(row): random.Random(f"{row.episode.seed} {row.episode.replica}") for row in rows}
+    lucks = {id(row): (row.episode.seed, row.episode.replica, row.episode.reseeds) for row in rows}
+    own = {row: random.Random(str(luck)) for row, luck in lucks.items()}  # Careful: forks of a row need other numbers
     return lambda writers: torch.tensor([[own[id(row)].getrandbits(24) / 2**24] for row in writers])
 
 

@@ -18,7 +18,7 @@ import parallel
 from checkpoint import find_checkpoint
 from methods import make_episodes
 from policy import load_model, load_tokenizer
-from rollout import rollout
+from rollout import play_on, rollout
 
 pytest_plugins = ["tiny"]
 ROOT = Path(__file__).parents[1]
@@ -85,13 +85,14 @@ if os.environ["RANK"] == "1":
 sys.exit(train.main())
 """
 SHORT = {"max_steps": 2, "num_prompts": 4, "mini_batch_size": 4, "micro_batch_tokens": 300, "save_steps": 1,
-         "eval_prompts": 3, "eval_samples": 1}
-ALGOS = {  # empg and ntpo share out nothing that these do not
+         "eval_prompts": 3, "eval_samples": 1,
+         "learning_rate": 1e-5}  # Adam makes up to this of a first gradient that is nothing but rounding
+ALGOS = {  # empg and ntpo share out nothing that these do not; with carl every mini-batch leaves a rank without a row
     "grpo": {"kl_coef": 0.1},
     "ppo": {"algo": "ppo"},
-    "dapo": {"algo": "dapo", "max_steps": 1, "learning_rate": 1e-5},
+    "dapo": {"algo": "dapo", "max_steps": 1},
     "poad": {"algo": "poad", "max_steps": 1, "max_kl": 1e-7},
-    "carl": {"algo": "carl", "max_steps": 1, "carl_first": 2, "mini_batch_size": 1},  # every mini-batch leaves a rank without a row
+    "carl": {"algo": "carl", "max_steps": 1, "mini_batch_size": 1},
 }
 
 
@@ -133,7 +134,8 @@ def assert_close_runs(one, other):
         ours, theirs = lines(one / name), lines(other / name)
         assert len(ours) == len(theirs) > 0
         for row, same in zip(ours, theirs, strict=True):
-            assert row == pytest.approx(same, rel=1e-5, abs=1e-6)
+            gaps = [numbers.pop("logp_gap_max", 0.0) for numbers in (row, same)]  # itself nothing but rounding
+            assert row == pytest.approx(same, rel=1e-5, abs=1e-6) and max(gaps) < 1e-4
     ours, theirs = weights(find_checkpoint(one)), weights(find_checkpoint(other))
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
 
@@ -214,6 +216,14 @@ def test_a_trajectory_without_a_generator_does_not_depend_on_its_company(tiny):
     together = tokens(range(4))
     assert together == [row for level in range(4) for row in tokens([level])]
     assert len({tuple(row) for row in together}) == 12  # yet every one has noise of its own
+
+
+def test_forks_without_a_generator_do_not_repeat_what_they_were_forked_from(tiny):
+    model, tokenizer = load_model(str(tiny)), load_tokenizer(str(tiny))
+    first = rollout(model, tokenizer, make_episodes(config(tiny), [7], 1), None, 1.0, 24, 512)
+    forks = play_on(model, tokenizer, [first[0].fork(0, replica) for replica in (1, 2)], None, 1.0, 24, 512)
+    again = play_on(model, tokenizer, [forks[0].fork(0, 3)], None, 1.0, 24, 512)
+    assert len({tuple(row.tokens) for row in [*first, *forks, *again]}) == 4
 
 
 def test_without_a_launcher_the_helpers_do_nothing():
