@@ -87,12 +87,11 @@ sys.exit(train.main())
 SHORT = {"max_steps": 2, "num_prompts": 4, "mini_batch_size": 4, "micro_batch_tokens": 300, "save_steps": 1,
          "eval_prompts": 3, "eval_samples": 1,
          "learning_rate": 1e-5}  # Adam makes up to this of a first gradient that is nothing but rounding
-ALGOS = {  # empg and ntpo share out nothing that these do not; with carl every mini-batch leaves a rank without a row
+ALGOS = {  # the others share out nothing that these do not; with carl every mini-batch leaves a rank without a row
     "grpo": {"kl_coef": 0.1},
-    "ppo": {"algo": "ppo"},
+    "ppo": {"algo": "ppo", "value_clip": 0.2},
     "dapo": {"algo": "dapo", "max_steps": 1},
-    "poad": {"algo": "poad", "max_steps": 1, "max_kl": 1e-7},
-    "carl": {"algo": "carl", "max_steps": 1, "mini_batch_size": 1},
+    "carl": {"algo": "carl", "max_steps": 1, "mini_batch_size": 1, "max_kl": 1e-6},
 }
 
 
