@@ -45,16 +45,16 @@ class ActFocusTrainer(GRPOTrainer):
         return out | {"weights": weights, "advantages": out["advantages"][:, None] * weights * scale}
 
     def _weights(self, out: dict, is_response: torch.Tensor) -> torch.Tensor:
-        is_action, (rows, width) = is_response & False, is_response.shape
-        for row, tokens, own in zip(is_action, out["completion_ids"].tolist(), is_response.tolist(), strict=True):
+        kind, (rows, width) = is_response.int(), is_response.shape  # 0 neither, 1 reasoning, 2 action
+        for row, tokens, own in zip(kind, out["completion_ids"].tolist(), is_response.tolist(), strict=True):
             left = iter(tokens)
             runs = [(mine, token_pieces(self._tokenizer, [next(left) for _ in run])) for mine, run in groupby(own)]
-            row[:] = torch.cat([classify_tokens(pieces)[1] & mine for mine, pieces in runs])
+            row += torch.cat([classify_tokens(pieces)[1] & mine for mine, pieces in runs]).to(row.device)
         ids, mask = (torch.cat([out["prompt_" + name], out["completion_" + name]], 1) for name in ("ids", "mask"))
         energy = torch.zeros(is_response.shape, device=ids.device)
         for part in torch.arange(rows).split(self.args.per_device_train_batch_size):
             logits = self.reference(ids[part], mask[part], logits_to_keep=width + 1, use_cache=False).logits
             energy[part] = token_energy(logits[:, -width - 1 : -1].float())  # the last one predicts nothing
-        columns = [self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))  # for μ_E and σ_E
-                   for x in (energy, is_action, is_response & ~is_action)]
-        return token_weights(*columns, self.alpha, self.reach)[self.accelerator.process_index * rows :][:rows, :width]
+        energy, kind = self.accelerator.gather(self.accelerator.pad_across_processes((energy, kind), dim=1))
+        weights = token_weights(energy, kind == 2, kind == 1, self.alpha, self.reach)  # μ_E and σ_E of all processes
+        return weights[self.accelerator.process_index * rows :][:rows, :width]
