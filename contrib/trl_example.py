@@ -5,7 +5,9 @@ levels, budgets and optimiser are those of `python train.py`: 8 prompts x 16 rol
 (Eqs. (5) and (6) of arXiv:2605.14558v1 stand in trl_actfocus.py.) From the repository's root, beside `pip install trl`:
 
     python -m contrib.trl_example
-    accelerate launch --num_processes 2 --cpu -m contrib.trl_example --iterations 2
+    accelerate launch --multi_gpu --num_processes 2 -m contrib.trl_example    # CPU processes where there is no GPU
+
+(With `--cpu` in its place accelerate 1.15 starts a single process, silently.)
 
 An iteration is one generation batch; TRL counts its optimiser steps, four an iteration.
 """
@@ -102,7 +104,7 @@ def settings(config: Config, processes: int = 1, **options) -> GRPOConfig:
         temperature=config.temperature, learning_rate=config.learning_rate, lr_scheduler_type="constant",
         max_grad_norm=config.max_grad_norm, logging_steps=minis, seed=config.seed, shuffle_dataset=False,
         use_cpu=not torch.cuda.is_available(), bf16=False, activation_checkpointing=False, save_strategy="no",
-        report_to="none", disable_tqdm=True)
+        report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False)
     return GRPOConfig(**given | options)
 
 
