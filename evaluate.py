@@ -13,6 +13,8 @@ P prompts, G rollouts each, B = P·G rows, T tokens.
 """
 
 import csv
+import ctypes
+import gc
 import json
 import statistics
 import sys
@@ -310,6 +312,8 @@ def _step(config: Config, state: State) -> tuple[float, float, float]:
     """One iteration from the same weights, levels and noise: seconds, peak memory, share of the reference pass."""
     state.policy.load_state_dict(state.reference.state_dict())
     state.generator.manual_seed(0)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc: what earlier steps left free is not this one's
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     metrics = []
     seconds = _timed(lambda: metrics.append(train.iteration(config, state, 0)[0]))
