@@ -145,6 +145,8 @@ def main() -> None:
             print(f"after {done} iterations: {describe(result)}", flush=True)
             if args.log:
                 append_line(args.log.with_suffix(".eval.jsonl"), {"iterations": done, **result})
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that just ends can abort the others
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ trainer.rollout_func = Shared(CONFIG)
 trainer.train()
 if trainer.accelerator.is_main_process:
     torch.save(parameters(trainer), sys.argv[1] + "/" + sys.argv[2])
+if torch.distributed.is_initialized():  # Careful: a process that just ends can abort the others' gloo threads
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
