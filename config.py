@@ -90,6 +90,11 @@ class Config:
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/
 
+    @property
+    def alpha_beta(self) -> tuple[float, float]:
+        """α and β of the run's weights; uniform is α = 1, β = 0."""
+        return (self.alpha, self.beta) if self.weights == "actfocus" else (1.0, 0.0)
+
     def __post_init__(self):
         for name, value, limits in ((f.name, getattr(self, f.name), f.metadata) for f in fields(self)):
             if value not in limits.get("allowed", (value,)):

@@ -153,7 +153,7 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
 def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
     """Print episodes: observations dim, reasoning blue, action tokens on red that deepens with their weight."""
     scene = viewer.stage(config, folder)
-    rows, batch, (alpha, beta) = scene.rows, scene.batch, viewer.reach(config)
+    rows, batch, (alpha, beta) = scene.rows, scene.batch, config.alpha_beta
     print(f"\x1b[2mprompt and observation, weight 0\x1b[0m   \x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
           + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
     for b in range(0, len(rows), config.num_generations)[:episodes]:

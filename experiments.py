@@ -9,7 +9,6 @@ Seeds are paired: runs of one seed share training levels, evaluation levels and 
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -58,8 +57,6 @@ def work_off(run: dict) -> str:
     """Start or continue one run, and keep its numbers when it is done. Returns a line about it."""
     name = name_of(run)
     folder, kept = WORK / name, RESULTS / name
-    if is_finished(kept):
-        return f"{name}: there already"
     if list(folder.glob("checkpoint-[0-9]*")):
         flags = ["--resume_from_checkpoint", folder]
     else:
@@ -74,7 +71,7 @@ def work_off(run: dict) -> str:
     kept.mkdir(parents=True, exist_ok=True)
     for part in KEPT:
         shutil.copy(folder / part, kept / part)
-    last = json.loads((kept / "eval.jsonl").read_text().splitlines()[-1])
+    last = checkpoint.read_lines(kept / "eval.jsonl")[-1]
     return f"{name}: {100 * last['success']:.1f} % after {last['step']} steps"
 
 

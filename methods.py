@@ -38,9 +38,25 @@ MAX_LEVELS = 100_000  # of one seed's steps; DAPO's later rounds draw theirs bey
 DAPO_ROUNDS = 8  # at most, of P prompts each
 
 
+def play_levels(config: Config, state: State, levels: Sequence[int], samples: int = 0) -> list[Trajectory]:
+    """G rollouts (or `samples`) of each level, a level's adjacent."""
+    episodes = make_episodes(config, levels, samples or config.num_generations)
+    return rollout(state.policy, state.tokenizer, episodes, noise(state.generator), *rollout_settings(config))
+
+
+def play_trees(config: Config, state: State, levels: Sequence[int]) -> list[Trajectory]:
+    """N₀ rollouts of each level, then forks where the policy is least sure, G in all. CARL."""
+    def play(forks: list[Trajectory]) -> list[Trajectory]:
+        return play_on(state.policy, state.tokenizer, forks, noise(state.generator), *rollout_settings(config))
+
+    return grow_trees(play_levels(config, state, levels, config.carl_first), config.num_generations, play)
+
+
 def sample(config: Config, state: State, step: int, again: int = 0) -> list[Trajectory]:
-    """G rollouts of each of the step's P prompts; up to MAX_LEVELS a run, no level is met twice."""
-    return all_ranks(lambda: play_prompts(config, state, step, again, config.num_generations))
+    """G rollouts of each of the step's P prompts, shared out over the ranks; MAX_LEVELS a run, none met twice."""
+    first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
+    levels = parallel.block(range(first, first + config.num_prompts))
+    return all_ranks(lambda: METHODS[config.algo].play(config, state, levels))
 
 
 def sample_until_varied(config: Config, state: State, step: int) -> list[Trajectory]:
@@ -52,24 +68,6 @@ def sample_until_varied(config: Config, state: State, step: int) -> list[Traject
         if (returns != returns[:, :1]).any(1).sum() >= config.num_prompts:
             break
     return rows
-
-
-def sample_trees(config: Config, state: State, step: int) -> list[Trajectory]:
-    """N₀ rollouts of each prompt, then forks where the policy is least sure, G in all. CARL."""
-    def play(forks: list[Trajectory]) -> list[Trajectory]:
-        return play_on(state.policy, state.tokenizer, forks, noise(state.generator), *rollout_settings(config))
-
-    def grow() -> list[Trajectory]:
-        return grow_trees(play_prompts(config, state, step, 0, config.carl_first), config.num_generations, play)
-
-    return all_ranks(grow)
-
-
-def play_prompts(config: Config, state: State, step: int, again: int, samples: int) -> list[Trajectory]:
-    """`samples` rollouts of each of this rank's share of the step's prompts."""
-    first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
-    episodes = make_episodes(config, parallel.block(range(first, first + config.num_prompts)), samples)
-    return rollout(state.policy, state.tokenizer, episodes, noise(state.generator), *rollout_settings(config))
 
 
 def all_ranks(play: Callable[[], list[Trajectory]]) -> list[Trajectory]:
@@ -234,6 +232,7 @@ class Method(NamedTuple):
     """What sets one method apart."""
 
     advantages: Callable[[Config, State, Batch, Sequence[Trajectory]], Tensor]
+    play: Callable[[Config, State, Sequence[int]], list[Trajectory]] = play_levels
     sample: Callable[[Config, State, int], list[Trajectory]] = sample
     keep: Callable[[Config, Tensor], list[int]] = keep_spread
 
@@ -241,11 +240,11 @@ class Method(NamedTuple):
 METHODS = {
     "grpo": Method(grpo),
     "ppo": Method(ppo),
-    "dapo": Method(dapo, sample_until_varied, keep_varied),
+    "dapo": Method(dapo, sample=sample_until_varied, keep=keep_varied),
     "empg": Method(empg),
     "poad": Method(poad),
     "ntpo": Method(ntpo),
-    "carl": Method(carl, sample_trees),
+    "carl": Method(carl, play_trees),
 }
 
 

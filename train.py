@@ -71,8 +71,7 @@ def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float]
     batch.energy, batch.ref_logp = reference.energy, reference.logp  # Eₜ under π_ref, Eq. (4)
     scored = time.perf_counter()
     batch.advantages = method.advantages(config, state, batch, rows)  # Aₜ, Eq. (3) or (12)
-    alpha, beta = (config.alpha, config.beta) if config.weights == "actfocus" else (1.0, 0.0)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, alpha, beta)  # wₜ, Eq. (5)
+    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)  # wₜ, Eq. (5)
     updated = update(config, state, batch)  # Eq. (6)
     seconds = {"seconds_rollout": sampled - start, "seconds_reference": scored - sampled,
                "seconds_update": time.perf_counter() - scored}

@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from actfocus import token_weights
 from checkpoint import STATE, State
 from config import CRITIC, Config
-from methods import METHODS, env_options, grow_trees, make_episodes, rollout_settings
+from methods import METHODS, env_options
 from policy import load_critic, load_model, load_tokenizer
-from rollout import Batch, Trajectory, play_on, rollout, token_pieces
+from rollout import Batch, Trajectory, token_pieces
 from train import score_batch
 
 LEVELS, COLUMNS = 5, ("class", "log-prob", "entropy", "energy", "weight", "advantage")  # of intensity; of the panel
@@ -50,19 +50,15 @@ class Scene(NamedTuple):
 def stage(config: Config, folder: Path) -> Scene:
     """`train.iteration` up to the update, for the model in `folder`."""
     state = load_state(config, folder)
-    samples = config.carl_first if config.algo == "carl" else config.num_generations
-    rows = rollout(state.policy, state.tokenizer, make_episodes(config, range(config.num_prompts), samples),
-                   state.generator, *rollout_settings(config))
-    if config.algo == "carl":
-        rows = grow_trees(rows, config.num_generations, lambda forks: play_on(
-            state.policy, state.tokenizer, forks, state.generator, *rollout_settings(config)))
+    method = METHODS[config.algo]
+    rows = method.play(config, state, range(config.num_prompts))
     batch, missing = Batch.of(rows), ""
     batch.energy = score_batch(state.reference, batch, config).energy
     if config.algo in CRITIC and not state.critic:
         missing = f"{config.algo} computes them from a critic, and {folder} has none saved"
     else:
-        batch.advantages = METHODS[config.algo].advantages(config, state, batch, rows)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, *reach(config))
+        batch.advantages = method.advantages(config, state, batch, rows)
+    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)
     return Scene(config, folder, state.tokenizer, rows, batch, missing)
 
 
@@ -78,11 +74,6 @@ def load_state(config: Config, folder: Path) -> State:
             critic.load_state_dict(saved["critic"])
     policy, reference = load_model(str(folder)), load_model(config.model)
     return State(policy, reference, tokenizer, None, torch.Generator().manual_seed(config.seed), critic)
-
-
-def reach(config: Config) -> tuple[float, float]:
-    """α and β; uniform weights are α = 1, β = 0."""
-    return (config.alpha, config.beta) if config.weights == "actfocus" else (1.0, 0.0)
 
 
 def intensity(is_action: bool, weight: float, beta: float) -> int:
@@ -121,7 +112,7 @@ def build_page(scenes: Sequence[Scene]) -> bytes:
 
 def _head(scene: Scene, returns: Sequence[float]) -> str:
     """Which model, which settings, and the returns of the level's rollouts."""
-    config, (alpha, beta) = scene.config, reach(scene.config)
+    config, (alpha, beta) = scene.config, scene.config.alpha_beta
     counts = Counter(f"{value:.2f}" for value in returns)  # in their order
     facts = {"model": scene.folder, "reference": config.model, "weights": f"{config.weights}, α {alpha:g}, β {beta:g}",
              "advantages": f"not shown: {scene.missing}" if scene.missing else config.algo,
@@ -156,7 +147,7 @@ def _token(scene: Scene, b: int, t: int, piece: str) -> str:
     row, batch = scene.rows[b], scene.batch
     weight, shade = batch.weights[b, t].item(), "a" if row.is_action[t] else "r"
     if batch.is_response[b, t]:
-        shade += str(intensity(row.is_action[t], weight, reach(scene.config)[1]))
+        shade += str(intensity(row.is_action[t], weight, scene.config.alpha_beta[1]))
     numbers = (row.logp[t], row.entropy[t], batch.energy[b, t].item(), weight)
     advantage = "none" if scene.missing else f"{batch.advantages[b, t].item():+.3f}"
     return f'<span class="{shade}" data-n="{" ".join(f"{x:.3f}" for x in numbers)} {advantage}">{_text(piece)}</span>'

@@ -8,7 +8,6 @@ from tiny import SMOKE, flags
 import evaluate
 import methods
 import train
-import viewer
 from envs import ENVS, Episode
 from rollout import rollout
 
@@ -70,7 +69,7 @@ def test_plot_draws_the_learning_curves_of_several_runs(runs, tmp_path, capsys):
 
 def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tiny, capsys, monkeypatch):
     rows = []
-    monkeypatch.setattr(viewer, "rollout", lambda *arguments: rows.extend(rollout(*arguments)) or rows)
+    monkeypatch.setattr(methods, "rollout", lambda *arguments: rows.extend(rollout(*arguments)) or rows)
     out = printed(capsys, tiny, "--show_tokens", *SHORT)
     plain, tokenizer = ANSI.sub("", out), evaluate.load_tokenizer(str(tiny))
     for row in (rows[0], rows[SMOKE["num_generations"]]):

@@ -313,7 +313,7 @@ def test_grown_trees_have_g_rollouts_a_level_and_forks_stand_at_the_most_critica
 def test_trees_of_the_model_share_their_prefixes_and_are_trained_with_a_ratio_of_1(tiny, first):
     settings = config(tiny, algo="carl", num_generations=6, mini_batch_size=12, carl_first=first, success_rate=0.8)
     state = train.build_state(settings)
-    rows = methods.sample_trees(settings, state, 0)
+    rows = methods.sample(settings, state, 0)
     levels = [methods.FIRST_TRAIN_SEED] * 6 + [methods.FIRST_TRAIN_SEED + 1] * 6
     assert [row.episode.seed for row in rows] == levels
     for group in (rows[:6], rows[6:]):
@@ -385,10 +385,13 @@ def unchanged(model, before):
     return all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
 
 
+LEVELS = range(methods.FIRST_TRAIN_SEED, methods.FIRST_TRAIN_SEED + 2)  # of a first step
+
+
 def test_a_tree_without_forks_trains_nothing_and_moves_no_weight(tiny):
     settings = config(tiny, algo="carl", mini_batch_size=2, entropy_coef=0.1)
     state = train.build_state(settings)
-    rows, before = methods.play_prompts(settings, state, 0, 0, 1), parameters(state.policy)
+    rows, before = methods.play_levels(settings, state, LEVELS, 1), parameters(state.policy)
     assert len(rows) == 2
     batch = Batch.of(rows)
     batch.ref_logp = batch.old_logp
@@ -406,7 +409,7 @@ def test_forks_whose_returns_are_all_equal_move_no_weight(tiny, monkeypatch):
     before = parameters(state.policy)
 
     def lose(*arguments):
-        rows = methods.sample_trees(*arguments)
+        rows = methods.sample(*arguments)
         for row in rows:
             row.episode.rewards = [0.0] * len(row.spans)
         return rows
