@@ -36,6 +36,10 @@ class Config:
     """Every setting of a run. Names as in TRL where it has one, the paper's symbols for its own."""
 
     model: str = str(TINY)  # folder or hub name of policy, reference and critic; paper: Qwen2.5-Instruct
+    dtype: str = one_of("float32", "bfloat16", default="float32")  # of matrix products; weights stay float32; ours
+    cache_dir: str = ""  # converted and warm-started models; ours, by default ~/.cache/actfocus
+    warmstart_steps: int = within(0, HUGE, 0)  # supervised steps on scripted players before training; ours
+    warmstart_learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of those; ours
     env: str = one_of(*ENVS, default="frozenlake")  # the task
     algo: str = one_of(*ALGOS, default="grpo")  # the advantage, and how rollouts are made
     weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
@@ -113,6 +117,11 @@ class Config:
                              "step (num_prompts x num_generations x filter_fraction)")
 
 
+BY_MODEL = {  # what fits a model on two cores; ours
+    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=1e-5, num_prompts=4, num_generations=8,
+                    mini_batch_size=16, max_steps=20, eval_prompts=16, eval_samples=4, max_response_tokens=64,
+                    micro_batch_tokens=4096),
+}
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps"}  # may differ when a run resumes
 
 PRESETS = {
@@ -177,9 +186,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
         del saved["preset"]
         return Config(**{**saved, **given}), path
     preset = given.pop("preset", "laptop")
-    env, algo = given.get("env", Config.env), given.get("algo", Config.algo)
+    env, algo, model = (given.get(name, getattr(Config, name)) for name in ("env", "algo", "model"))
     changed = {}
-    for name, settings in chosen_settings(preset, env, algo).items():
+    for name, settings in {**chosen_settings(preset, env, algo), f"model {model}": BY_MODEL.get(model, {})}.items():
         if settings:
             print(f"{name}:", " ".join(f"--{key} {value}" for key, value in settings.items()))
         changed |= settings

@@ -30,7 +30,7 @@ from baselines import (
 from checkpoint import State
 from config import Config
 from envs import Env, Episode, make_env
-from policy import micro_batches
+from policy import micro_batches, precision
 from rollout import Batch, Trajectory, play_on, rollout
 
 FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
@@ -251,7 +251,7 @@ METHODS = {
 def critic_values(config: Config, state: State, batch: Batch) -> Tensor:
     """(B, T): V before every response token, without gradient."""
     values = torch.zeros(batch.tokens.shape)
-    with torch.no_grad():
+    with torch.no_grad(), precision(config.dtype):
         for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
             part = batch.take(rows)
             values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response)

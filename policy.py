@@ -68,6 +68,14 @@ def load_critic(name: str) -> Critic:
     return Critic(load_model(name).base_model)
 
 
+def precision(dtype: str, device: str = "cpu") -> torch.autocast:
+    """Where matrix products are rounded to `dtype`; weights, softmax and everything after it stay float32.
+
+    Careful: a context keeps rounded copies of the weights, so none may span an optimiser step.
+    """
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def _load(cls: type, name: str, **options):
     """`from_pretrained`, with one clear line where folder, name or network is missing."""
     if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/")) or name.count("/") > 1):

@@ -166,7 +166,7 @@ class SlotCache(Cache):
             return keys, values
         pair = self.store[2 * layer : 2 * layer + 2, self.start : self.start + len(keys)]
         for view, new in zip(pair, (keys, values), strict=True):
-            view[self.rows, :, self.positions] = new.transpose(1, 2)
+            view[self.rows, :, self.positions] = new.transpose(1, 2).to(view.dtype)
         return pair[0, :, :, : self.width], pair[1, :, :, : self.width]
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -176,7 +176,7 @@ class SlotCache(Cache):
     def expand(self, index: Tensor, capacity: int) -> None:
         """Slot i becomes a copy of prefix index[i], with room for `capacity` positions (touched only when used)."""
         count, (_, heads, self.clean, width) = len(self.prefixes), self.prefixes[0].shape
-        self.store = self.prefixes[0].new_empty(count, len(index), heads, max(capacity, self.clean), width)
+        self.store = self.prefixes[1].new_empty(count, len(index), heads, max(capacity, self.clean), width)
         for part, tensor in zip(self.store, self.prefixes, strict=True):
             part[:, :, : self.clean] = tensor[index]
         self.prefixes = []

@@ -12,11 +12,12 @@ P prompts, G rollouts each, B = P·G trajectories, T tokens.
 Differs from the paper: defaults marked "ours" fit two cores; a step whose gradient is not finite is skipped.
 """
 
+import hashlib
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,12 +28,14 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plots
+import smollm2
+import warmstart
 from actfocus import policy_loss, token_weights, whiten
 from baselines import kl_estimate, value_loss
 from checkpoint import State
 from config import CRITIC, Config, parse
 from envs import oracle_player, play, random_player
-from methods import METHODS, all_ranks, build_env, make_episodes, noise
+from methods import METHODS, all_ranks, build_env, env_options, make_episodes, noise
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
     TokenScores,
@@ -41,6 +44,7 @@ from policy import (
     load_tokenizer,
     micro_batches,
     opening_text,
+    precision,
     score_tokens,
     turn_text,
 )
@@ -62,7 +66,8 @@ def train(config: Config, state: State, run: Path) -> None:
 def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float], Batch]:
     """The algorithm: sample, score, weigh, update. Returns the step's metrics and its batch."""
     start, method = time.perf_counter(), METHODS[config.algo]
-    sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
+    with precision(config.dtype):
+        sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
     returns = torch.tensor([row.episode.return_ for row in sampled_rows])
     rows = [sampled_rows[i] for i in method.keep(config, returns)]
     batch = Batch.of(rows)
@@ -81,7 +86,7 @@ def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float]
 def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Config) -> TokenScores:
     """What a frozen model says of the whole batch, (B, T) each."""
     scores = TokenScores(*(torch.zeros(batch.tokens.shape) for _ in TokenScores._fields))
-    with torch.no_grad():
+    with torch.no_grad(), precision(config.dtype):
         for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
             part = batch.take(rows)
             pieces = score_tokens(model, part.tokens, part.is_response, config.temperature)
@@ -123,7 +128,9 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
     total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
     for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
         part = mini.take(rows)
-        scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
+        with precision(config.dtype):
+            scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
+            values = state.critic(part.tokens, part.is_response) if state.critic else None
         loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
                            config.clip_high, total_weight)
         regulariser = -config.entropy_coef * scores.entropy
@@ -132,7 +139,6 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
         (loss + regulariser[part.is_response].sum() / tokens).backward()
         sums["loss"] += loss.item()
         if state.critic:
-            values = state.critic(part.tokens, part.is_response)
             error = value_loss(values, part.values, part.value_targets, config.value_clip).sum() / tokens
             error.backward()
             sums["value_loss"] += error.item()
@@ -212,8 +218,9 @@ def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Traje
         levels, rows = parallel.block(range(config.eval_prompts)), []
         for first in range(0, len(levels), at_once):
             episodes = make_episodes(config, levels[first : first + at_once], config.eval_samples)
-            rows += rollout(policy, tokenizer, episodes, generator, config.eval_temperature,
-                            config.max_response_tokens, config.max_context)
+            with precision(config.dtype):
+                rows += rollout(policy, tokenizer, episodes, generator, config.eval_temperature,
+                                config.max_response_tokens, config.max_context)
         return rows
 
     rows = all_ranks(play_levels)
@@ -224,6 +231,20 @@ def evaluate_player(config: Config, player) -> dict:
     """The same levels and budgets for a scripted player: the random floor, the oracle's ceiling."""
     per_replica = [play(build_env(config), player, range(config.eval_prompts), i) for i in range(config.eval_samples)]
     return summary([episode for level in zip(*per_replica, strict=True) for episode in level], config.eval_samples)
+
+
+def start_model(config: Config) -> str:
+    """The model a run starts from, and its reference: converted, and taught the format, where the settings say so."""
+    cache = Path(config.cache_dir or Path.home() / ".cache" / "actfocus")
+    name = str(smollm2.model_folder(cache)) if config.model == "smollm2" else config.model
+    if not config.warmstart_steps:
+        return name
+    how = env_options(config), config.warmstart_steps, config.warmstart_learning_rate, config.dtype
+    digest = hashlib.sha256(repr((name, config.env, *how)).encode()).hexdigest()[:8]
+    folder = cache / f"{Path(name).name}-{config.env}-{digest}"
+    if not folder.is_dir():
+        warmstart.bring_to_format(name, folder, config.env, *how)  # one start for all seeds of a comparison
+    return str(folder)
 
 
 def build_state(config: Config) -> State:
@@ -242,15 +263,14 @@ def build_state(config: Config) -> State:
                  torch.Generator().manual_seed(config.seed), critic, critic_optimizer)
 
 
-def prepare(argv: Sequence[str] | None) -> tuple[Config, State, Path | None]:
-    """Settings, what they start from, and the checkpoint when a run resumes."""
-    config, path = parse(argv)
+def prepare(config: Config, path: Path | None) -> State:
+    """What a run starts from, or resumes from."""
     if config.num_prompts % parallel.ranks():
         raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
     state = build_state(config)
     if path:
         checkpoint.restore(state, path)
-    return config, state, path
+    return state
 
 
 def open_run(config: Config, state: State, path: Path | None) -> Path:
@@ -272,7 +292,10 @@ def launch(argv: Sequence[str] | None) -> int:
     transformers.utils.logging.disable_progress_bar()
     writes = parallel.rank() == 0
     try:
-        config, state, path = parallel.agree(lambda: prepare(argv))
+        config, path = parallel.agree(lambda: parse(argv))
+        model = parallel.agree(lambda: start_model(config) if writes and not path else config.model)
+        config = replace(config, model=parallel.gather(model)[0])
+        state = parallel.agree(lambda: prepare(config, path))
         run = parallel.agree(lambda: open_run(config, state, path) if writes else None)
         run, evaluated = parallel.gather((run, writes and checkpoint.read_lines(run / "eval.jsonl")))[0]
     except (ValueError, OSError) as error:

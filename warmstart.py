@@ -12,25 +12,37 @@ import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-import policy
 from envs import Cell, Env, Episode, make_env
+from policy import load_model, load_tokenizer, micro_batches, opening_text, pad, precision, score_tokens, turn_text
+from rollout import token_pieces
 
-GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}}
+GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}, "sudoku": {},
+         "webshop": {"results_per_page": 4, "short_pages": True}}
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FIRST_SEED = 2**40  # levels of the warm start: far from those of training and evaluation
-STAGES = (  # learning rate, and (steps, probability of an optimal move) in turn; each stage starts its optimiser anew
-    (1.5e-3, ((1500, 1.0), (500, 0.4))),
-    (5e-4, ((300, 0.15),)),
+STAGES = (  # learning rate, then steps and each game's probability of an optimal move, in the order of GAMES
+    (1.5e-3, ((1700, (1.0, 1.0, 1.0, 1.0)), (400, (0.4, 0.4, 0.4**0.5, 0.4**0.5)))),
+    (5e-4, ((300, (0.15, 0.15, 0.15, 0.15**0.5)),)),  # each stage starts its optimiser anew
 )
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
-ROWS = 32  # transcripts a step
-WORD = r" ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d|\s|[^\sA-Za-z0-9]"  # a coordinate, a map's cell: one token
+ROWS = {"frozenlake": 12, "sokoban": 12, "sudoku": 10, "webshop": 6}  # transcripts a step; WebShop's are long and easy
+ROWS_OF_ONE, SKILL_OF_ONE = 8, 0.4  # transcripts a step, and their players, where a model learns one game only
+PLAIN = SimpleNamespace(chat_template=None)  # turns are lines
+# A coordinate, a map's cell, a word: one token each.
+WORD = r" ?\[\d\]| ?\d,\d| ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d| ?[^\sA-Za-z0-9]|\s"
 
 MUSINGS = {
     "frozenlake": [
@@ -45,12 +57,27 @@ MUSINGS = {
         "First I have to stand on the far side.", "Walls leave little space here.",
         "It is quiet in the store house today.", "I go over the cells one by one.",
     ],
+    "sudoku": [
+        "Let me look at the board with care.", "No hurry, one thing after another.",
+        "Every digit stands once in each row.", "A box of four has room for four digits.",
+        "What is given stays as it is.", "I would rather check it twice.",
+        "It is a small board, but a tricky one.", "I go over the cells one by one.",
+    ],
+    "webshop": [
+        "Let me look at the page with care.", "No hurry, one thing after another.",
+        "A good price is only half of it.", "The right kind matters more than the brand.",
+        "I can always go back.", "Nothing is bought before I say so.",
+        "It is a quiet day for a little shopping.", "I go over the lines one by one.",
+    ],
 }
+
+
+MUSES = {"frozenlake": (1, 3), "sokoban": (1, 3), "sudoku": (3, 5), "webshop": (3, 5)}  # how many: from, below
 
 
 def reasoning(game: str, env: Env, rng: np.random.Generator) -> str:
     """What the player thinks: true facts of the state and idle remarks, in random order, without the move."""
-    musings = [str(text) for text in rng.choice(MUSINGS[game], size=rng.integers(1, 3), replace=False)]
+    musings = [str(text) for text in rng.choice(MUSINGS[game], size=rng.integers(*MUSES[game]), replace=False)]
     sentences = FACTS[game](env, rng) + musings
     return " ".join(sentences[i] for i in rng.permutation(len(sentences)))
 
@@ -68,6 +95,23 @@ def _sokoban_facts(env: Env, rng: np.random.Generator) -> list[str]:
     return [_where("The box", player, box, rng), _where("The target", box, target, rng, "it")]
 
 
+def _sudoku_facts(env: Env, rng: np.random.Generator) -> list[str]:
+    row = int(rng.integers(4))
+    missing = sorted({1, 2, 3, 4} - set(env.board[4 * row : 4 * row + 4]))
+    misses = f"misses {' and '.join(map(str, missing))}" if missing else "is full"
+    return [f"{env.board.count(0)} blanks are left.", f"Row {row + 1} {misses}."]
+
+
+def _webshop_facts(env: Env, rng: np.random.Generator) -> list[str]:
+    goal, page = env.goal, env.page
+    wanted = env.products[goal.asin].instruction.removeprefix("Find me ")
+    asked = ", ".join(goal.options.values())
+    facts = [f"I want {wanted}.", f"It should be {asked}." if asked else "Any make will do."]
+    if page.name == "item":
+        facts[0] = f"So far I chose {', '.join(value for _, value in page.chosen) or 'nothing'}."
+    return facts
+
+
 def _count(holes: int) -> str:
     return "There is one hole" if holes == 1 else f"There are {holes} holes"
 
@@ -81,30 +125,38 @@ def _where(name: str, origin: Cell, place: Cell, rng: np.random.Generator, other
     return f"{name} at {place} {verb} {rows} and {columns} of {other}."
 
 
-FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts}
+FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts, "sudoku": _sudoku_facts, "webshop": _webshop_facts}
 
 
-def transcript(game: str, seed: int, skill: float) -> list[tuple[str, bool]]:
+def transcript(
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None
+) -> list[tuple[str, bool]]:
     """One episode of a player whose moves are optimal with probability `skill`: (text, is it a response) in order.
 
-    It starts up to five random moves into the level, so that states off the best path are seen as well.
+    The text between responses is what a rollout puts there: plain lines, or the tokenizer's chat template.
+    FrozenLake and Sokoban start up to five random moves into the level, so that states off the best path are seen.
     """
     rng = np.random.default_rng([seed, 2])
-    env = make_env(game, **GAMES[game])
+    env = make_env(game, **(GAMES[game] if options is None else options))
     episode = Episode(env, seed, style="brief")
-    _wander(episode, rng)
-    parts = [(f"{episode.system()}\n{episode.user()}\n", False)]
+    if game in ("frozenlake", "sokoban"):
+        _wander(episode, rng)
+    parts = [(opening_text(tokenizer, episode.system(), episode.user()), False)]
 
     def choose(best: list[str]) -> str:
-        return str(rng.choice(best if rng.random() < skill else env.actions))
+        if rng.random() >= skill:
+            best = env.legal_actions()
+        if best[0].startswith("search"):  # for what the instruction says of the product, without options and price
+            return f"search[{env.products[env.goal.asin].instruction.removeprefix('Find me ')}]"
+        return str(rng.choice(best))
 
     while not episode.done:
-        moves = env.solve(choose)[: env.actions_per_turn] or [str(rng.choice(env.actions))]
+        moves = env.solve(choose)[: env.actions_per_turn] or [str(rng.choice(env.legal_actions()))]
         answer = " || ".join(moves)
         thought = reasoning(game, env, rng)
         parts.append((f"<think>{thought}</think><answer>{answer}</answer>", True))
         if message := episode.act(answer):
-            parts.append((f"\n{message}\n", False))
+            parts.append((turn_text(tokenizer, message), False))
     return parts
 
 
@@ -118,8 +170,8 @@ def _wander(episode: Episode, rng: np.random.Generator) -> None:
     env.actions_left = env.max_actions
 
 
-def build_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE within the words of WORD, so any text has tokens; the four tags are one token each."""
+def build_tokenizer(texts: Iterator[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
+    """Byte-level BPE within the words of WORD, so any text has tokens; a tag, and a product's number, is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORD), "isolated"),
@@ -129,7 +181,8 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedT
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   special_tokens=["<|pad|>", "<|end|>"], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    whole = [*TAGS, *(number.lower() for number in sorted(make_env("webshop").products))]
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
 
 
@@ -141,39 +194,45 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
     ))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, parts: list[tuple[str, bool]]) -> tuple[list[int], list[float]]:
+def encode(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) -> tuple[list[int], list[float]]:
     """Token ids of a transcript and their weights in the loss: 0 prompt, 1 reasoning, ACTION_WEIGHT action."""
     ids, weights = [], []
     for text, is_response in parts:
         part = tokenizer.encode(text, add_special_tokens=False)
-        start = part.index(tokenizer.convert_tokens_to_ids("<answer>")) if is_response else 0
         ids += part
-        weights += [(ACTION_WEIGHT if i > start else 1.0) * is_response for i in range(len(part))]
+        if is_response:
+            ends, answer = np.cumsum([len(piece) for piece in token_pieces(tokenizer, part)]), text.index("<answer>")
+            weights += [ACTION_WEIGHT if end > answer + len("<answer>") else 1.0 for end in ends]
+        else:
+            weights += [0.0] * len(part)
     return ids, weights
 
 
 def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, skills: list[float], learning_rate: float, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: list[dict[str, float]], learning_rate: float,
+    seed: int, rows: dict[str, int] = ROWS, options: dict | None = None, dtype: str = "float32",
 ) -> None:
-    """Weighted cross-entropy on response tokens of players of the given skills, one a step.
+    """Weighted cross-entropy on response tokens of players of the given skills, a game's each step.
 
     Careful: `skills` sets the number of steps too. The learning rate warms up and decays linearly.
     """
-    steps = len(skills)
+    steps, warm_up = len(skills), min(100, max(1, len(skills) // 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, max(0.05, 1 - step / steps))
+        optimizer, lambda step: min((step + 1) / warm_up, max(0.05, 1 - step / steps))
     )
-    games, start = list(GAMES), time.time()
+    games, start = [game for game, count in rows.items() for _ in range(count)], time.time()
     for step, skill in enumerate(skills):
-        first = FIRST_SEED + (seed * 100_000 + step) * ROWS
-        rows = [encode(tokenizer, transcript(games[i % len(games)], first + i, skill)) for i in range(ROWS)]
-        total = sum(sum(weights) for _, weights in rows)
+        first = FIRST_SEED + (seed * 100_000 + step) * len(games)
+        texts = [transcript(game, first + i, skill[game], tokenizer, options) for i, game in enumerate(games)]
+        coded = [encode(tokenizer, parts) for parts in texts]
+        total = sum(sum(weights) for _, weights in coded)
         loss = 0.0
-        for batch in policy.micro_batches([len(ids) for ids, _ in rows], 2048):
-            tokens = policy.pad([rows[i][0] for i in batch], torch.int64)
-            weights = policy.pad([rows[i][1] for i in batch], torch.float32)
-            logp = policy.score_tokens(model, tokens, weights > 0).logp
+        for batch in micro_batches([len(ids) for ids, _ in coded], 2048):
+            tokens = pad([coded[i][0] for i in batch], torch.int64)
+            weights = pad([coded[i][1] for i in batch], torch.float32)
+            with precision(dtype):
+                logp = score_tokens(model, tokens, weights > 0).logp
             part = -(weights * logp).sum() / total
             part.backward()
             loss += part.item()
@@ -183,6 +242,22 @@ def train(
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {loss:.4f}  {time.time() - start:6.0f} s", flush=True)
+
+
+def bring_to_format(
+    name: str, folder: Path, game: str, options: dict, steps: int, learning_rate: float, dtype: str
+) -> None:
+    """Teach any language model the format on one game's transcripts, and save it as `folder`, whole or not at all.
+
+    Its players are weak, so that it learns the form and little of the game.
+    """
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
+    train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, 0, {game: ROWS_OF_ONE}, options, dtype)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for part in (model, tokenizer):
+        part.save_pretrained(temporary)
+    temporary.replace(folder)
 
 
 def main() -> None:
@@ -197,7 +272,7 @@ def main() -> None:
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
     for stage, (learning_rate, phases) in enumerate(STAGES):
-        skills = [skill for steps, skill in phases for _ in range(steps // args.shrink)]
+        skills = [dict(zip(GAMES, skill, strict=True)) for steps, skill in phases for _ in range(steps // args.shrink)]
         train(model, tokenizer, skills, learning_rate, len(STAGES) * args.seed + stage)
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)

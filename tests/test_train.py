@@ -562,3 +562,25 @@ def test_a_smoke_run_on_sudoku_ends_with_floor_and_ceiling(tiny, tmp_path, capsy
     assert "random floor: success" in out and "oracle ceiling: success 100.0 %" in out
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (config["env"], config["sudoku_level"], config["hints"], config["max_turns"]) == ("sudoku", "easy", True, 0)
+
+
+def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny, tmp_path, capsys):
+    options = {"warmstart_steps": 2, "cache_dir": tmp_path / "cache"}
+    one = run(tiny, tmp_path / "one", max_steps=1, **options)
+    assert "warm start of" in capsys.readouterr().out
+    two = run(tiny, tmp_path / "two", max_steps=1, seed=1, **options)
+    assert "warm start of" not in capsys.readouterr().out
+    (folder,) = (tmp_path / "cache").iterdir()
+    for made in (one, two):
+        assert checkpoint.read_config(made)["model"] == str(folder) and same_weights(made / "checkpoint-0", folder)
+    assert not same_weights(folder, Path(tiny))
+    run(tiny, tmp_path / "three", max_steps=1, **{**options, "warmstart_steps": 1})
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # another warm start is another folder
+
+
+def test_bfloat16_rounds_products_and_leaves_weights_and_log_probs_float32(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "run", max_steps=2, dtype="bfloat16")
+    assert {tensor.dtype for tensor in weights(folder / "checkpoint-2").values()} == {torch.float32}
+    gaps = [row["logp_gap_max"] for row in lines(folder / "metrics.jsonl")]
+    exact = lines(run(tiny, tmp_path / "exact", max_steps=1) / "metrics.jsonl")[0]["logp_gap_max"]
+    assert exact < 1e-4 < max(gaps) < 0.2
