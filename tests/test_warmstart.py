@@ -10,6 +10,7 @@ import methods
 import train
 import warmstart
 from actfocus import answer_span, classify_tokens
+from config import BY_ENV
 from envs import make_env, random_player
 from metrics import rollout_metrics
 from policy import load_model, load_tokenizer
@@ -17,6 +18,10 @@ from rollout import token_pieces
 from warmstart import FIRST_SEED, GAMES, TAGS, build_tokenizer, encode, transcript
 
 SEEDS = range(FIRST_SEED, FIRST_SEED + 60)
+STEPS = r"(Left|Down|Right|Up)"
+MOVES = {"frozenlake": STEPS, "sokoban": STEPS, "sudoku": r"[1-4],[1-4],[1-4]", "webshop": r"search\[.+\]|click\[.+\]"}
+FACTS = {"frozenlake": r"\(\d, \d\)", "sokoban": r"\(\d, \d\)", "sudoku": r"\d+ blanks are left",
+         "webshop": r"I want \w|So far I chose \w"}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +41,13 @@ def responses(game):
     return [text for seed in SEEDS for text, is_response in transcript(game, seed, 0.5) if is_response]
 
 
-def test_every_response_is_valid_and_names_one_or_two_known_moves(game, responses):
+def test_every_response_names_moves_and_no_more_than_a_turn_has(game, responses):
     assert len(responses) > len(SEEDS)
     for text in responses:
         start, end = answer_span(text)
         moves = text[start:end].split(" || ")
-        assert 1 <= len(moves) <= 2 and set(moves) <= set(make_env(game).actions)
+        assert 1 <= len(moves) <= make_env(game).actions_per_turn
+        assert all(re.fullmatch(MOVES[game], move) for move in moves)
 
 
 def test_nearly_all_response_tokens_stand_inside_the_thought(responses, tokenizer):
@@ -51,20 +57,21 @@ def test_nearly_all_response_tokens_stand_inside_the_thought(responses, tokenize
         inside += ids.index(tokenizer.convert_tokens_to_ids("</think>")) - 1
         total += len(ids)
         actions += int(classify_tokens(token_pieces(tokenizer, ids))[1].sum())
-    assert inside / total >= 0.85
+    assert inside / total >= 0.75
     assert actions / total < 0.16  # the paper's Table 1
 
 
-def test_the_thought_never_names_the_move(responses):
+def test_the_thought_never_names_the_move(game, responses):
+    products = {number.lower() for number in make_env("webshop").products}
     for text in responses:
         thought = text[: text.index("</think>")]
-        assert not re.search(r"\b(Up|Down|Left|Right)\b|\|\|", thought)
+        assert not re.search(rf"\b({MOVES[game]})\b|\|\|", thought) and not products & set(thought.split())
 
 
-def test_thoughts_are_grounded_and_varied(responses):
+def test_thoughts_are_grounded_and_varied(game, responses):
     thoughts = [text[: text.index("</think>")] for text in responses]
     assert len(set(thoughts)) > 0.9 * len(thoughts)
-    assert all(re.search(r"\(\d, \d\)", thought) for thought in thoughts)
+    assert all(re.search(FACTS[game], thought) for thought in thoughts)
 
 
 def test_the_same_seed_writes_the_same_transcript_and_another_seed_another(game):
@@ -76,7 +83,8 @@ def test_a_transcript_alternates_between_what_is_read_and_what_is_written_in_the
     for seed in SEEDS[:20]:
         parts = transcript(game, seed, 1.0)
         assert [is_response for _, is_response in parts] == [i % 2 == 1 for i in range(len(parts))]
-        assert parts[0][0].startswith(make_env(game).brief) and "\nTurn 1: 10 left.\n" in parts[0][0]
+        env = make_env(game)
+        assert re.match(rf"{re.escape(env.brief)}.*\nTurn 1: {env.max_actions} left.\n", parts[0][0])
         assert all(text[0] == text[-1] == "\n" for text, _ in parts[2::2])
 
 
@@ -117,9 +125,9 @@ def test_loss_weights_are_0_outside_responses_and_higher_inside_answers(game, to
     pairs = list(zip(ids, weights, strict=True))
     by_weight = {w: tokenizer.decode([token for token, own in pairs if own == w]) for w in set(weights)}
     assert set(by_weight) == {0, 1, warmstart.ACTION_WEIGHT}
-    assert "<think>" in by_weight[1] and "<" not in by_weight[0]
-    left = by_weight[warmstart.ACTION_WEIGHT].replace("</answer>", " ").replace("||", " ").split()
-    assert set("".join(left)) <= set("UpDownLeftRight")
+    assert "<think>" in by_weight[1] and not any(tag in by_weight[0] for tag in TAGS)
+    moves = re.split(r"</answer>| \|\| ", by_weight[warmstart.ACTION_WEIGHT])
+    assert moves.pop().strip() == "" and all(re.fullmatch(MOVES[game], move.strip()) for move in moves)
 
 
 def test_its_levels_are_neither_trained_on_nor_evaluated_on():
@@ -133,7 +141,8 @@ def test_its_levels_are_neither_trained_on_nor_evaluated_on():
 def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     def losses():
         model = llama(len(tokenizer))
-        warmstart.train(model, tokenizer, [1.0] * 4, 0.3, 0)  # the learning rate has just begun to rise
+        skills = [dict.fromkeys(GAMES, 1.0)] * 4  # the learning rate has just begun to rise
+        warmstart.train(model, tokenizer, skills, 0.3, 0, dict.fromkeys(GAMES, 3))
         return [float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out)], model
 
     (first, model), (second, again) = losses(), losses()
@@ -141,13 +150,17 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def laptop(game, **settings):
+    return train.Config(**{"env": game, **BY_ENV["laptop"].get(game, {}), **settings})
+
+
 def test_the_committed_model_keeps_the_format(game):
-    settings = train.Config(env=game, eval_prompts=16, eval_samples=2, eval_temperature=1.0)
+    settings = laptop(game, eval_prompts=16, eval_samples=2, eval_temperature=1.0)
     _, rows = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
     assert rollout_metrics(rows)["invalid_turns"] <= 0.03
 
 
-def test_the_committed_model_crosses_the_lake_more_often_than_chance_and_less_than_half_the_time():
-    settings = train.Config(eval_prompts=48, eval_samples=2)
+def test_the_committed_model_wins_more_often_than_chance_and_less_than_half_the_time(game):
+    settings = laptop(game, eval_prompts=48, eval_samples=2)
     result, _ = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
     assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
