@@ -132,10 +132,11 @@ PRESETS = {
                   max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False,
                   short_pages=False, eval_prompts=32, eval_samples=16),
 }
-_SMALL = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
+_LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
+_FEWER = dict(num_generations=8, mini_batch_size=16, eval_samples=1)  # episodes of a thousand tokens, in 15 minutes
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": _SMALL,
-    "smoke": _SMALL,
+    "laptop": {"sudoku": _LONG["sudoku"] | _FEWER, "webshop": _LONG["webshop"] | _FEWER | dict(max_steps=20)},
+    "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
                               eval_samples=1)},
 }
