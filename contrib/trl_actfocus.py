@@ -9,14 +9,13 @@ Differs from train.py: TRL adds 1e-4 to a group's std, not 1e-6; its KL and entr
 """
 
 import copy
-from itertools import groupby
 
 import torch
 from trl import GRPOTrainer
 
-from actfocus import classify_tokens, token_weights
+from actfocus import token_weights
+from contrib.responses import response_classes
 from energy import token_energy
-from rollout import token_pieces
 
 
 class ActFocusTrainer(GRPOTrainer):
@@ -45,11 +44,9 @@ class ActFocusTrainer(GRPOTrainer):
         return out | {"weights": weights, "advantages": out["advantages"][:, None] * weights * scale}
 
     def _weights(self, out: dict, is_response: torch.Tensor) -> torch.Tensor:
-        kind, (rows, width) = is_response.int(), is_response.shape  # 0 neither, 1 reasoning, 2 action
-        for row, tokens, own in zip(kind, out["completion_ids"].tolist(), is_response.tolist(), strict=True):
-            left = iter(tokens)
-            runs = [(mine, token_pieces(self._tokenizer, [next(left) for _ in run])) for mine, run in groupby(own)]
-            row += torch.cat([classify_tokens(pieces)[1] & mine for mine, pieces in runs]).to(row.device)
+        rows, width = is_response.shape
+        is_action = response_classes(self._tokenizer, out["completion_ids"], is_response)[1]
+        kind = is_response.int() + is_action.int()  # 0 neither, 1 reasoning, 2 action
         ids, mask = (torch.cat([out["prompt_" + name], out["completion_" + name]], 1) for name in ("ids", "mask"))
         energy = torch.zeros(is_response.shape, device=ids.device)
         for part in torch.arange(rows).split(self.args.per_device_train_batch_size):
