@@ -28,6 +28,8 @@ class ActFocusTrainer(GRPOTrainer):
         got = (self.loss_type, self.importance_sampling_level, self.args.sync_ref_model, rest)
         if got != ("dapo", "token", False, 0):
             raise ValueError(f"needs loss dapo, level token, a fixed reference and whole mini-batches, got {got}")
+        if self.ref_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("a model split over processes needs TRL's own reference: set beta above 0")
         self.reference = self.ref_model or copy.deepcopy(self.model).requires_grad_(False).eval()
         for module in self.reference.modules() if self.ref_model is None else ():
             vars(module).pop("forward", None)  # Careful: TRL's patched forward runs the model it was made for

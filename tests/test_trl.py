@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("trl", reason="needs pip install trl accelerate")
 
 from conftest import ROOT
+from trl import GRPOTrainer
 
 from actfocus import policy_loss, token_weights
 from checkpoint import read_lines
@@ -160,6 +161,18 @@ def test_the_frozen_copy_stays_when_the_policy_moves(tmp_path):
 def test_settings_that_cannot_be_eq_6_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="whole mini-batches"):
         build(CONFIG, output_dir=str(tmp_path), **MICRO | wrong)
+
+
+def test_a_sharded_model_needs_trl_s_own_reference(tmp_path, monkeypatch):
+    start = GRPOTrainer.__init__
+
+    def sharded(trainer, *args, **kwargs):
+        start(trainer, *args, **kwargs)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match="beta above 0"):
+        build(CONFIG, output_dir=str(tmp_path), **ONE_MINI_BATCH)
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):

@@ -198,8 +198,9 @@ def test_alpha_one_beta_zero_leaves_verl_s_advantages_and_the_critic_s_returns(m
     assert not torch.equal(store["advantages"].values(), plain["advantages"].values())
 
 
-@pytest.mark.parametrize("wrong", ["actor.clip_ratio_c=3.0", "actor.loss_agg_mode=seq-mean-token-mean",
-                                   "actor.shuffle=True", "actor.use_kl_loss=False", "model.use_fused_kernels=True"])
+@pytest.mark.parametrize("wrong", [
+    "actor.strategy=megatron", "actor.shuffle=True", "actor.loss_agg_mode=seq-mean-token-mean",
+    "actor.clip_ratio_c=3.0", "actor.use_kl_loss=False", "model.use_fused_kernels=True"])
 def test_settings_that_cannot_be_eq_6_are_refused(wrong):
     with pytest.raises(ValueError, match=wrong.split("=")[0]):
         ActFocusTrainer(settings(f"actor_rollout_ref.{wrong}"))
