@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import parallel
 from policy import Critic, load_model
 
 STATE = "trainer_state.pt"
+NO_SETTING = {"env", "algo", "weights", "seed", "max_steps", "save_steps", "output_dir", "cache_dir"}
 
 
 @dataclass
@@ -121,6 +123,21 @@ def read_config(run: Path) -> dict:
     if not (run / "config.json").is_file() or "config" not in (about := json.loads((run / "config.json").read_text())):
         raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
     return about["config"]
+
+
+def by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
+    """Runs that differ in seed or length only, under (env, algo, label): its weights, and what else tells it apart."""
+    configs = {run: read_config(run) for run in runs}
+    groups: dict[tuple[str, str, str], list[Path]] = {}
+    for run, config in configs.items():
+        rivals = [other for other in configs.values() if all(other[key] == config[key] for key in ("env", "algo"))]
+        label = [config["weights"]]
+        for name in config.keys() - NO_SETTING - ({"alpha", "beta"} if label == ["uniform"] else set()):
+            values = {Path(str(other[name])).name for other in rivals if name in other}  # a model goes by its last name
+            if len(values) > 1:
+                label.append(f"{name} {Path(str(config[name])).name}")
+        groups.setdefault((config["env"], config["algo"], " ".join([label[0], *sorted(label[1:])])), []).append(run)
+    return dict(sorted(groups.items()))
 
 
 def append_line(path: Path, row: dict) -> None:

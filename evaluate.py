@@ -4,7 +4,7 @@
     python evaluate.py runs/NAME --show_tokens      # two episodes, every token coloured by class and weight
     python evaluate.py runs/NAME --html page.html   # the same as a page, with the numbers of every token (viewer.py)
     python evaluate.py --floors                     # random floor and oracle ceiling of every environment
-    python evaluate.py --plot runs/A runs/B         # learning curves of several runs
+    python evaluate.py --plot runs/A runs/B         # learning curves and gradient mass of several runs, and a table
     python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
     python evaluate.py --bench                      # how fast, as ratios measured in one run
 
@@ -31,7 +31,7 @@ import checkpoint
 import plots
 import train
 import viewer
-from actfocus import answer_span
+from actfocus import answer_span, token_weights
 from checkpoint import State
 from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
 from energy import action_bottleneck, group_means
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
     for name in ("show_tokens", "bottleneck", "bench", "floors"):
         parser.add_argument(f"--{name}", action="store_true", default=False)
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves and table of these runs")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
     parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
@@ -95,8 +95,8 @@ def floors(config: Config) -> None:
 
 
 def compare(runs: Sequence[Path], out: Path) -> None:
-    """Learning curves of several runs as a figure, all their evaluations as a table, and a line for each setting."""
-    plot = plots.learning_curves(runs, out / "learning.png")
+    """Learning curves and gradient mass of several runs, all their evaluations as a table, a line for each setting."""
+    pictures = plots.learning_curves(runs, out / "learning.png"), plots.gradient_mass(runs, out / "gradient.png")
     settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates",
                 "sudoku_level", "hints")
     rows = []
@@ -109,7 +109,9 @@ def compare(runs: Sequence[Path], out: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(*result_rows(runs), f"plot {plot}\ntable {out / 'evaluations.csv'}", sep="\n")
+    print(*result_rows(runs), f"plot {pictures[0]}", sep="\n")
+    print(f"plot {pictures[1]}" if pictures[1] else "no plot of the gradient: no run here has --weights actfocus")
+    print(f"table {out / 'evaluations.csv'}")
 
 
 def result_rows(runs: Sequence[Path]) -> list[str]:
@@ -117,22 +119,18 @@ def result_rows(runs: Sequence[Path]) -> list[str]:
 
     Several seeds: Student's interval of their mean. One seed: that of its evaluation, over levels.
     """
-    settings: dict[tuple, list[tuple]] = {}
-    for run in runs:
-        config, lines = checkpoint.read_config(run), checkpoint.read_lines(run / "eval.jsonl")
-        metrics = checkpoint.read_lines(run / "metrics.jsonl")
-        seconds = sum(value for row in metrics for name, value in row.items() if name.startswith("seconds_"))
-        settings.setdefault((config["env"], config["algo"], config["weights"]), []).append((config, lines, seconds))
     table = []
-    for (env, algo, weights), members in sorted(settings.items()):
-        last = [lines[-1] for _, lines, _ in members]
+    for (env, algo, label), members in checkpoint.by_setting(runs).items():
+        lines = [checkpoint.read_lines(run / "eval.jsonl") for run in members]
+        metrics = [row for run in members for row in checkpoint.read_lines(run / "metrics.jsonl")]
+        seconds = sum(value for row in metrics for name, value in row.items() if name.startswith("seconds_"))
+        last = [evaluations[-1] for evaluations in lines]
         low, high = mean_interval([line["success"] for line in last]) if last[1:] else (last[0]["low"], last[0]["high"])
-        seeds = " ".join(str(config["seed"]) for config, _, _ in members)
-        before, after = (statistics.mean(lines[i]["success"] for _, lines, _ in members) for i in (0, -1))
+        seeds = " ".join(str(checkpoint.read_config(run)["seed"]) for run in members)
+        before, after = (statistics.mean(evaluations[i]["success"] for evaluations in lines) for i in (0, -1))
         steps = "-".join(map(str, sorted({line["step"] for line in last})))
-        minutes = statistics.mean(seconds for _, _, seconds in members) / 60
-        table.append(f"| {env} | {algo} | {weights} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
-                     f"[{100 * low:.1f}, {100 * high:.1f}] | {minutes:.0f} |")
+        table.append(f"| {env} | {algo} | {label} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
+                     f"[{100 * low:.1f}, {100 * high:.1f}] | {seconds / 60 / len(members):.0f} |")
     return table
 
 
@@ -203,6 +201,11 @@ def bottleneck(config: Config, folder: Path) -> None:
     plot = plots.bottleneck(result, means, returns.view(-1, group_size).std(1).numpy(),
                             out / f"bottleneck-{config.env}-{folder.name}.png")
     print(f"plot {plot}")
+    if batch.is_action.any():
+        weights = token_weights(energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)[batch.is_action]
+        curve = plots.weight_of_energy(energy[batch.is_action].numpy(), weights.numpy(), *config.alpha_beta,
+                                       out / f"weights-{config.env}-{folder.name}.png")
+        print(f"plot {curve}")
 
 
 def bench(config: Config) -> None:

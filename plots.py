@@ -1,12 +1,14 @@
 """Figures, drawn from run folders and result dictionaries alone."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from checkpoint import read_config, read_lines
+from checkpoint import by_setting, read_lines
+from metrics import mean_interval
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
@@ -15,44 +17,108 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None) -> Path:
-    """Success against step, a panel for every (env, algo), a colour for every kind of token weights.
+    """Success against step, a panel for every (env, algo), a colour for every other setting.
 
-    One run: evaluations with 95 % intervals over its training rollouts. Several seeds: their mean over thin lines.
+    Several seeds: their mean and its 95 % interval. One run: evaluations with intervals over its training rollouts.
     """
-    panels: dict[tuple, dict[str, list[Path]]] = {}
-    for run in runs:
-        config = read_config(run)
-        panels.setdefault((config["env"], config["algo"]), {}).setdefault(config["weights"], []).append(run)
+    settings = by_setting(runs)
+    panels, labels = sorted({key[:2] for key in settings}), sorted({key[2] for key in settings})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 3.6 * lines), squeeze=False,
+    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 0.6 + 3.6 * lines), squeeze=False,
                                 layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    for ax, ((env, algo), by_weights) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for weights, members in sorted(by_weights.items()):
-            _curve(ax, members, weights, COLOURS[["actfocus", "uniform"].index(weights)])
+    notes = set()
+    for ax, (env, algo) in zip(axes.flat, panels, strict=False):
+        for label in labels:
+            if members := settings.get((env, algo, label)):
+                notes.add(_curve(ax, members, label, COLOURS[labels.index(label) % len(COLOURS)]))
         ax.set(title=f"{env}, {algo}", xlabel="step", ylabel="success", ylim=(0, 1.05))
         for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
             if level is not None:
                 ax.axhline(level, color="0.5", linestyle=":", linewidth=1)
                 ax.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-        ax.legend(fontsize=8, loc="lower right")
+    handles = {handle.get_label(): handle for ax in axes.flat for handle in ax.get_lines()}
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=min(len(labels), 4),
+                  title="\n".join(sorted(notes)), title_fontsize=9, frameon=False)
     return _save(figure, path)
 
 
-def _curve(ax, members: Sequence[Path], weights: str, colour: str) -> None:
+def _curve(ax, members: Sequence[Path], label: str, colour: str) -> str:
+    """One setting's curve. Returns what its parts mean."""
     tables = [read_lines(run / "eval.jsonl") for run in members]
     steps = [row["step"] for row in min(tables, key=len)]
     success = np.array([[row["success"] for row in table[: len(steps)]] for table in tables])  # (seeds, evaluations)
     if len(members) == 1:
         metrics = read_lines(members[0] / "metrics.jsonl")
-        ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.35, lw=1)
+        ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.3, lw=0.8)
         error = [[abs(row[end] - row["success"]) for row in tables[0]] for end in ("low", "high")]
-        ax.errorbar(steps, success[0], error, color=colour, marker="o", capsize=3, label=f"{weights} (training: thin)")
+        ax.errorbar(steps, success[0], error, color=colour, capsize=3, ls="none")
+        note = "one seed: success on evaluation levels, 95 % interval over levels; faint: training rollouts"
     else:
-        ax.plot(steps, success.T, color=colour, alpha=0.3, lw=1)
-        ax.plot(steps, success.mean(0), color=colour, marker="o", label=f"{weights}, mean of {len(members)} seeds")
+        ax.plot(steps, success.T, color=colour, alpha=0.3, lw=0.8)
+        ax.fill_between(steps, *zip(*map(mean_interval, success.T), strict=True), color=colour, alpha=0.15, lw=0)
+        note = "several seeds: mean and its 95 % interval (Student's); thin: each seed"
+    ax.plot(steps, success.mean(0), color=colour, marker="o", label=label)
+    return note
+
+
+def gradient_mass(runs: Sequence[Path], path: Path) -> Path | None:
+    """Figure 1, middle: whose the gradient is before (w = 1) and after Eq. (5), beside whose the tokens are.
+
+    A bar is the mean over a run's steps, then over seeds with its 95 % interval. None where no run used Eq. (5).
+    """
+    settings = {key: members for key, members in by_setting(runs).items() if key[2].startswith("actfocus")}
+    if not settings:
+        return None
+    figure, ax = plt.subplots(figsize=(2.4 + 2 * len(settings), 4), layout="constrained")
+    for group, members in enumerate(settings.values()):
+        shares = np.array([_action_shares(run) for run in members])  # (seeds, 3)
+        for bar, name in enumerate(("tokens", "gradient,\nw = 1", "gradient,\nw of Eq. (5)")):
+            x, mean = group + 0.27 * (bar - 1), shares[:, bar].mean()
+            error = np.ptp(mean_interval(shares[:, bar])) / 2 if len(members) > 1 else None
+            ax.bar(x, mean, 0.25, yerr=error, capsize=3, color=COLOURS[1], ecolor="0.2")
+            ax.bar(x, 1 - mean, 0.25, bottom=mean, color=COLOURS[0], alpha=0.35)
+            ax.annotate(f"{100 * mean:.0f} %", (x, 1.01), ha="center", fontsize=8)
+            ax.annotate(name, (x, -0.02), ha="center", va="top", fontsize=6.5, annotation_clip=False)
+    names = [f"\n\n{env}, {algo}\n{textwrap.fill(label, 24)}" for env, algo, label in settings]
+    ax.set(xticks=range(len(settings)), xticklabels=names, ylim=(0, 1.08), ylabel="share")
+    ax.tick_params(axis="x", length=0)
+    figure.legend(ax.patches[:2], ["action tokens (number above)", "reasoning tokens"], loc="outside upper center",
+                  ncols=2, frameon=False)
+    return _save(figure, path)
+
+
+def _action_shares(run: Path) -> list[float]:
+    """Of the tokens, of the gradient with w = 1 and with the run's own w, in the steps that had a gradient."""
+    rows = [row for row in read_lines(run / "metrics.jsonl") if row["gradient_share_reasoning_uniform"]]
+    tokens = [row["tokens_action"] / (row["tokens_action"] + row["tokens_reasoning"]) for row in rows]
+    return [float(np.mean(tokens)), *(float(np.mean([row[f"gradient_share_action{end}"] for row in rows]))
+                                      for end in ("_uniform", ""))]
+
+
+def weight_of_energy(energy: np.ndarray, weights: np.ndarray, alpha: float, beta: float, path: Path) -> Path:
+    """Eq. (5) as a picture: a point per action token on its curve, α below, and how often each energy occurs.
+
+    Args:
+        energy, weights: (N,) Eₜ in nats and wₜ of the action tokens.
+    """
+    figure, (ax, below) = plt.subplots(2, 1, figsize=(6, 5), height_ratios=(3, 1), sharex=True, layout="constrained")
+    grid = np.linspace(energy.min(), energy.max(), 200)
+    std = np.sqrt(energy.var() + 1e-6)  # Eq. (16)
+    ax.plot(grid, 1 + beta / (1 + np.exp((energy.mean() - grid) / std)), color=COLOURS[6], lw=1,
+            label=r"$1 + \beta\,$sigmoid$\,((E - \mu_E)\,/\,\sigma_E)$")
+    ax.scatter(energy, weights, s=18, alpha=0.4, color=COLOURS[1], edgecolors="none",
+               label=f"{len(energy)} action tokens")
+    ax.axhline(alpha, color=COLOURS[0], lw=2, label=f"reasoning tokens, α = {alpha:g}")
+    ax.axvline(energy.mean(), color="0.6", lw=0.8, ls=":")
+    ax.annotate(r" $\mu_E$", (energy.mean(), 0.02), xycoords=("data", "axes fraction"), fontsize=9)
+    ax.set(ylabel="weight w", ylim=(0, 1.08 * (1 + beta)), title=f"Eq. (5), α = {alpha:g}, β = {beta:g}")
+    ax.legend(fontsize=8, loc="center left", frameon=False)
+    below.hist(energy, 40, color=COLOURS[1])
+    below.set(xlabel="energy E, nats (right: the reference model is less sure)", ylabel="tokens")
+    return _save(figure, path)
 
 
 def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarray, path: Path) -> Path:

@@ -1,6 +1,7 @@
 """evaluate.py: what it prints and draws, for a model folder and for a run, and a user's mistakes."""
 
 import re
+from pathlib import Path
 
 import pytest
 from tiny import SMOKE, flags
@@ -63,8 +64,11 @@ def test_the_report_repeats_the_runs_last_evaluation(runs, capsys):
 
 def test_plot_draws_the_learning_curves_of_several_runs(runs, tmp_path, capsys):
     out = printed(capsys, "--plot", *runs)
-    (plot,) = [line.removeprefix("plot ") for line in out.splitlines() if line.startswith("plot ")]
-    assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    plots = [line.removeprefix("plot ") for line in out.splitlines() if line.startswith("plot ")]
+    assert [Path(plot).name for plot in plots] == ["learning.png", "gradient.png"]
+    assert all((tmp_path / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+    out = printed(capsys, "--plot", runs[1])
+    assert "no plot of the gradient: no run here has --weights actfocus" in out and out.count("plot runs") == 1
 
 
 def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tiny, capsys, monkeypatch):
@@ -92,8 +96,9 @@ def test_bottleneck_prints_both_signals_for_three_classes_and_draws_them(tiny, t
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
         numbers = re.findall(r"ρ ([+-]\d\.\d{3}|\+nan) \(p (\S+)\)", line)
         assert len(numbers) == 2 and all(-1 <= float(rho) <= 1 and 0 <= float(p) <= 1 for rho, p in numbers)
-    plot = re.search(r"plot (\S+)", out).group(1)
-    assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    plots = re.findall(r"^plot (\S+)", out, re.M)
+    assert [Path(plot).name.split("-")[0] for plot in plots] == ["bottleneck", "weights"]
+    assert all((tmp_path / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
 
 
 def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
