@@ -272,7 +272,8 @@ def main() -> None:
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
     for stage, (learning_rate, phases) in enumerate(STAGES):
-        skills = [dict(zip(GAMES, skill, strict=True)) for steps, skill in phases for _ in range(steps // args.shrink)]
+        skills = [dict(zip(GAMES, skill, strict=True))
+                  for steps, skill in phases for _ in range(max(1, steps // args.shrink))]
         train(model, tokenizer, skills, learning_rate, len(STAGES) * args.seed + stage)
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)

@@ -1,14 +1,13 @@
 """exercises/: the grader tells right from wrong for all six functions, and every bug of the hunt is caught."""
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import copy_of_the_project, run_all
 
 from config import parse
 
@@ -47,30 +46,6 @@ WRONG = {  # a typical mistake each, and what the grader must say about it
     "group_advantages": ("return (args[0] - args[0].mean()) / (args[0].std() + options.get('eps', 1e-6))",
                          "Mean and std are those of the group, not of the batch"),
 }
-RUNNER = """
-import json, os, sys
-import gymnasium, matplotlib.pyplot, pytest, torch  # once for all jobs, which are forks
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GPT2LMHeadModel, LlamaForCausalLM
-codes = {}
-for name, (folder, module, arguments) in json.loads(sys.argv[1]).items():
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        os.environ.update({"ACTFOCUS_MODULE": module} if module else {})
-        log = os.open("log", os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = pytest.main(["-p", "no:cacheprovider", *arguments])
-        sys.stdout.flush()
-        os._exit(code)
-    codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(codes))
-"""
-
-
-def copy_of_the_project(folder):
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "results", "__pycache__", "venv"))
-    return folder
 
 
 def apply(name, folder):
@@ -84,23 +59,19 @@ def apply(name, folder):
 def outcomes(tmp_path_factory):
     """Exit code and output of pytest in copies of the project: answers graded, bugs applied."""
     parent = tmp_path_factory.mktemp("copies")
-    jobs = {"unpatched": (copy_of_the_project(parent / "unpatched"), "", [*BUGS.values()])}
+    jobs = {"unpatched": (copy_of_the_project(parent / "unpatched", "results"), ["", "pytest", *BUGS.values()])}
     for name, test in BUGS.items():
-        jobs[name] = (copy_of_the_project(parent / name), "", [test])
+        jobs[name] = (copy_of_the_project(parent / name, "results"), ["", "pytest", test])
         assert apply(name, parent / name).returncode == 0, f"exercises/bugs/{name}.patch does not apply any more"
     wrong = ["import torch", "import actfocus"]
     wrong += [f"def {name}(*args, **options):\n        {body.strip()}" for name, (body, _) in WRONG.items()]
     answers = {"right": RIGHT, "wrong": "\n".join(wrong), "template": (EXERCISES / "template.py").read_text()}
-    for module, text in answers.items():
-        jobs[module] = (copy_of_the_project(parent / module), f"{module}_answer", ["--tb=no"])
-        (parent / module / "exercises" / f"{module}_answer.py").write_text(text)
-    jobs["one"] = (copy_of_the_project(parent / "one"), "one_answer", ["-x", "-k", "eq5"])
-    (parent / "one" / "exercises" / "one_answer.py").write_text(answers["wrong"])
-    environment = {key: value for key, value in os.environ.items() if key not in ("ACTFOCUS_MODULE", "PYTEST_ADDOPTS")}
-    done = subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs, default=str)], env=environment,
-                          capture_output=True, text=True, check=True)
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return {name: (codes[name], (parent / name / "log").read_text(encoding="utf-8")) for name in jobs}
+    graded = {name: ["--tb=no"] for name in answers} | {"one": ["-x", "-k", "eq5"]}
+    for name, options in graded.items():
+        folder = copy_of_the_project(parent / name, "results")
+        jobs[name] = (folder, [f"ACTFOCUS_MODULE={name}_answer", "pytest", *options])
+        (folder / "exercises" / f"{name}_answer.py").write_text(answers.get(name, answers["wrong"]))
+    return dict(zip(jobs, run_all([*jobs.values()]), strict=True))
 
 
 def verdicts(log):
