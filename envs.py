@@ -437,7 +437,7 @@ def main() -> None:
     print(episode.system(), episode.user(), sep="\n\n")
     while not episode.done:
         try:
-            answer = input("answer> ")
+            answer = input("your actions> ")
         except EOFError:
             break
         if answer.strip() == "?":
