@@ -25,7 +25,7 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     panels, labels = sorted({key[:2] for key in settings}), sorted({key[2] for key in settings})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 0.6 + 3.6 * lines), squeeze=False,
+    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 0.8 + 3.6 * lines), squeeze=False,
                                 layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
@@ -40,8 +40,9 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
                 ax.axhline(level, color="0.5", linestyle=":", linewidth=1)
                 ax.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     handles = {handle.get_label(): handle for ax in axes.flat for handle in ax.get_lines()}
-    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=min(len(labels), 4),
-                  title="\n".join(sorted(notes)), title_fontsize=9, frameon=False)
+    title = "\n".join(textwrap.fill(note, 60 * columns) for note in sorted(notes))
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", fontsize=9, frameon=False,
+                  ncols=min(len(labels), 2 * columns), title=title, title_fontsize=8)
     return _save(figure, path)
 
 

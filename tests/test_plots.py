@@ -78,6 +78,9 @@ def test_runs_of_another_alpha_are_another_setting_and_not_further_seeds(run, fi
     lines = {alpha: curve(ax, f"actfocus alpha {alpha}") for alpha in wanted}
     assert {alpha: line.get_ydata()[1] for alpha, line in lines.items()} == wanted
     assert len({to_hex(line.get_color()) for line in lines.values()}) == 3
+    figures[0].draw_without_rendering()
+    legend = figures[0].legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figures[0].bbox.width  # none of it is cut off
     assert len(result_rows(runs)) == 3 and "| actfocus alpha 1.0 | 0 | 10 | 40.0 | 50.0 [" in result_rows(runs)[2]
 
 
