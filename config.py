@@ -12,6 +12,7 @@ from typing import Any
 
 import checkpoint
 from baselines import KINDS
+from energy import SIGNALS
 from envs import ENVS
 from policy import TINY
 from sudoku import GIVENS
@@ -45,6 +46,9 @@ class Config:
     weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
+    signal: str = one_of(*SIGNALS, default="energy")  # sₜ in place of Eₜ in Eq. (5), Eqs. (19)-(22)
+    tag_weight: str = one_of("alpha", "one", default="alpha")  # of <think>, </think>, <answer>, </answer>; ours
+    weight_stats: str = one_of("batch", "mini_batch", default="batch")  # what μ_E and σ_E are taken over; ours
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
     max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
     num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1

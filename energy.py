@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SIGNALS = ("energy", "entropy", "policy_nll", "logprob_shift")  # Eqs. (19)-(22)
+
 
 def token_energy(logits: Tensor) -> Tensor:
     """Energy of the next-token distribution under the frozen reference model. Eq. (4).
