@@ -7,10 +7,12 @@ A checkpoint is an ordinary model folder for `from_pretrained`, with optimiser, 
 flushed and renamed, so a folder called checkpoint-N is always whole. Lines of later steps are cut when a run resumes.
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -56,13 +58,46 @@ def new_run(config: dict) -> Path:
             (run / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    about = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-             "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
-             "machine": platform.machine(), "ranks": parallel.ranks() if parallel.running() else None}
-    (run / "config.json").write_text(json.dumps({"config": config, **about}, indent=2) + "\n", encoding="utf-8")
+    about = {"config": config, **provenance(Path(config["model"]))}
+    (run / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def provenance(model: Path) -> dict:
+    """What a result depends on beside its settings: code, versions, hardware, and the weights that it starts from."""
+    return {"commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
+            "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
+            "ranks": parallel.ranks() if parallel.running() else None, "model_sha256": weights_digest(model)}
+
+
+def weights_digest(model: Path) -> str | None:
+    """The first 12 digits of the SHA-256 of a model folder's weights; None for a hub name."""
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    """The commit, with -dirty where code differs from it; results and texts may."""
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!*.md")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return (commit + "-dirty" * bool(changed)) or "unknown"
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    return names[0].strip() if names else platform.processor() or "unknown"
 
 
 def save_checkpoint(

@@ -182,7 +182,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = {**asdict(Config()), **checkpoint.read_config(path.parent)}  # an older run lacks newer settings
+        saved = asdict(of_run(path.parent))
         saved |= {"output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
@@ -204,6 +204,31 @@ def chosen_settings(preset: str, env: str, algo: str) -> dict[str, dict]:
     of_paper = PAPER_BY_ALGO.get((env, algo), {}) if preset == "paper" else {}
     return {f"preset {preset}": PRESETS[preset], f"{env} in preset {preset}": BY_ENV[preset].get(env, {}) | of_paper,
             f"algo {algo}": ALGO_SETTINGS.get(algo, {})}
+
+
+def of_run(run: Path) -> Config:
+    """The settings a run was started with; one that is older than a setting has its default."""
+    return Config(**{**asdict(Config()), **checkpoint.read_config(run)})
+
+
+def departures(config: Config) -> dict:
+    """What sets a run apart from others of its environment, method and weights: settings unlike their usual values.
+
+    Left out are the seed and what changes no number: folders, checkpoints, the size of micro-batches; and, under
+    uniform weights, what only ActFocus reads.
+    """
+    usual, unread = asdict(Config()), {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps",
+                                       "micro_batch_tokens"}
+    for settings in chosen_settings("laptop", config.env, config.algo).values():
+        usual |= settings
+    own = {**asdict(config), "model": Path(config.model).name}
+    usual["model"] = Path(usual["model"]).name
+    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+        if own[budget] == getattr(ENVS[config.env], budget):
+            unread.add(budget)
+    if config.weights == "uniform":
+        unread |= {"alpha", "beta", "signal", "tag_weight", "weight_stats"}
+    return {name: value for name, value in own.items() if name not in unread and value != usual[name]}
 
 
 def _boolean(text: str) -> bool:
