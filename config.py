@@ -206,6 +206,11 @@ def chosen_settings(preset: str, env: str, algo: str) -> dict[str, dict]:
             f"algo {algo}": ALGO_SETTINGS.get(algo, {})}
 
 
+def usual_settings(preset: str, env: str, algo: str) -> dict:
+    """All of `chosen_settings` at once."""
+    return {name: value for part in chosen_settings(preset, env, algo).values() for name, value in part.items()}
+
+
 def of_run(run: Path) -> Config:
     """The settings a run was started with; one that is older than a setting has its default."""
     return Config(**{**asdict(Config()), **checkpoint.read_config(run)})
@@ -217,10 +222,8 @@ def departures(config: Config) -> dict:
     Left out are the seed and what changes no number: folders, checkpoints, the size of micro-batches; and, under
     uniform weights, what only ActFocus reads.
     """
-    usual, unread = asdict(Config()), {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps",
-                                       "micro_batch_tokens"}
-    for settings in chosen_settings("laptop", config.env, config.algo).values():
-        usual |= settings
+    unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens"}
+    usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
     own = {**asdict(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name
     for budget in ("max_turns", "actions_per_turn", "max_actions"):

@@ -103,7 +103,7 @@ def append_rows(path: Path, rows: list[dict]) -> None:
     """
     header = ",".join(rows[0])
     if path.exists() and (there := path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")) != header:
-        raise ValueError(f"--csv {path}: its columns are not those of this table, but {there[:60]!r}")
+        raise ValueError(f"cannot add to {path}: its columns are not those of this table, but {there[:60]!r}")
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -12,10 +12,8 @@ A folder of a run brings its own settings; every flag of train.py overrides them
 P prompts, G rollouts each, B = P·G rows, T tokens.
 """
 
-import csv
 import ctypes
 import gc
-import json
 import statistics
 import sys
 import time
@@ -28,7 +26,7 @@ import transformers
 
 import checkpoint
 import diagnosis
-import plots
+import tables
 import train
 import viewer
 from actfocus import answer_span
@@ -36,7 +34,7 @@ from checkpoint import State
 from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
 from envs import ENVS, oracle_player, random_player
 from methods import METHODS, env_options, make_episodes
-from metrics import describe, mean_interval
+from metrics import describe
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
 from rollout import Batch, Engine, rollout, token_pieces
 from train import build_state, evaluate_player, evaluate_policy
@@ -93,48 +91,6 @@ def floors(config: Config) -> None:
     for env in ENVS:
         for name, player in (("random floor", random_player), ("oracle ceiling", oracle_player)):
             print(f"{env:>10}, {name:>14}: {describe(evaluate_player(replace(config, env=env), player))}")
-
-
-def compare(runs: Sequence[Path], out: Path) -> None:
-    """Learning curves of several runs as a figure, all their evaluations as a table, and a line for each setting."""
-    plot = plots.learning_curves(runs, out / "learning.png")
-    settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates",
-                "sudoku_level", "hints")
-    rows = []
-    for run in runs:
-        about = json.loads((run / "config.json").read_text())
-        chosen = {name: about["config"].get(name) for name in settings}  # a run may be older than a setting
-        chosen |= {name: about[name] for name in ("commit", "torch", "threads")}
-        rows += [{**chosen, **line} for line in checkpoint.read_lines(run / "eval.jsonl")]
-    with (out / "evaluations.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(*result_rows(runs), f"plot {plot}\ntable {out / 'evaluations.csv'}", sep="\n")
-
-
-def result_rows(runs: Sequence[Path]) -> list[str]:
-    """A Markdown row for each setting: seeds, steps, success before and after, 95 % interval, minutes of training.
-
-    Several seeds: Student's interval of their mean. One seed: that of its evaluation, over levels.
-    """
-    settings: dict[tuple, list[tuple]] = {}
-    for run in runs:
-        config, lines = checkpoint.read_config(run), checkpoint.read_lines(run / "eval.jsonl")
-        metrics = checkpoint.read_lines(run / "metrics.jsonl")
-        seconds = sum(value for row in metrics for name, value in row.items() if name.startswith("seconds_"))
-        settings.setdefault((config["env"], config["algo"], config["weights"]), []).append((config, lines, seconds))
-    table = []
-    for (env, algo, weights), members in sorted(settings.items()):
-        last = [lines[-1] for _, lines, _ in members]
-        low, high = mean_interval([line["success"] for line in last]) if last[1:] else (last[0]["low"], last[0]["high"])
-        seeds = " ".join(str(config["seed"]) for config, _, _ in members)
-        before, after = (statistics.mean(lines[i]["success"] for _, lines, _ in members) for i in (0, -1))
-        steps = "-".join(map(str, sorted({line["step"] for line in last})))
-        minutes = statistics.mean(seconds for _, _, seconds in members) / 60
-        table.append(f"| {env} | {algo} | {weights} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
-                     f"[{100 * low:.1f}, {100 * high:.1f}] | {minutes:.0f} |")
-    return table
 
 
 def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
@@ -294,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         todo, config, folder = parse(argv)
         if todo["plot"]:
-            compare(todo["plot"], Path(config.output_dir or "runs"))
+            tables.compare(todo["plot"], Path(config.output_dir or "runs"))
         elif todo["floors"]:
             floors(config)
         elif todo["bench"]:

@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from checkpoint import read_config, read_lines
+from checkpoint import read_lines
+from config import departures, of_run
+from energy import SIGNALS
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
@@ -15,23 +17,28 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None) -> Path:
-    """Success against step, a panel for every (env, algo), a colour for every kind of token weights.
+    """Success against step, a panel for every (env, algo), a colour for every kind of token weights and settings.
 
     One run: evaluations with 95 % intervals over its training rollouts. Several seeds: their mean over thin lines.
     """
     panels: dict[tuple, dict[str, list[Path]]] = {}
-    for run in runs:
-        config = read_config(run)
-        panels.setdefault((config["env"], config["algo"]), {}).setdefault(config["weights"], []).append(run)
+    configs = [of_run(run) for run in runs]
+    common = set.intersection(*(set(departures(config).items()) for config in configs))
+    for run, config in zip(runs, configs, strict=True):
+        rest = (f"{name} {value}" for name, value in departures(config).items()
+                if (name, value) not in common and name != "max_steps")
+        label = ", ".join([config.weights, *rest])
+        panels.setdefault((config.env, config.algo), {}).setdefault(label, []).append(run)
+    labels = sorted({label for by_label in panels.values() for label in by_label})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.8 * columns, 3.6 * lines), squeeze=False,
                                 layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    for ax, ((env, algo), by_weights) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for weights, members in sorted(by_weights.items()):
-            _curve(ax, members, weights, COLOURS[["actfocus", "uniform"].index(weights)])
+    for ax, ((env, algo), by_label) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for label, members in sorted(by_label.items()):
+            _curve(ax, members, label, COLOURS[labels.index(label) % len(COLOURS)])
         ax.set(title=f"{env}, {algo}", xlabel="step", ylabel="success", ylim=(0, 1.05))
         for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
             if level is not None:
@@ -41,7 +48,7 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     return _save(figure, path)
 
 
-def _curve(ax, members: Sequence[Path], weights: str, colour: str) -> None:
+def _curve(ax, members: Sequence[Path], label: str, colour: str) -> None:
     tables = [read_lines(run / "eval.jsonl") for run in members]
     steps = [row["step"] for row in min(tables, key=len)]
     success = np.array([[row["success"] for row in table[: len(steps)]] for table in tables])  # (seeds, evaluations)
@@ -49,10 +56,10 @@ def _curve(ax, members: Sequence[Path], weights: str, colour: str) -> None:
         metrics = read_lines(members[0] / "metrics.jsonl")
         ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.35, lw=1)
         error = [[abs(row[end] - row["success"]) for row in tables[0]] for end in ("low", "high")]
-        ax.errorbar(steps, success[0], error, color=colour, marker="o", capsize=3, label=f"{weights} (training: thin)")
+        ax.errorbar(steps, success[0], error, color=colour, marker="o", capsize=3, label=f"{label} (training: thin)")
     else:
         ax.plot(steps, success.T, color=colour, alpha=0.3, lw=1)
-        ax.plot(steps, success.mean(0), color=colour, marker="o", label=f"{weights}, mean of {len(members)} seeds")
+        ax.plot(steps, success.mean(0), color=colour, marker="o", label=f"{label}, mean of {len(members)} seeds")
 
 
 def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarray, path: Path) -> Path:
@@ -63,6 +70,46 @@ def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarra
         axes.set_title(f"{name} tokens: ρ = {result[f'rho_{name}']:+.2f}, p = {result[f'p_{name}']:.1e}", fontsize=10)
         axes.set_xlabel("mean energy of the group, nats")
     panels[0].set_ylabel("std of returns in the group, σ_g")
+    return _save(figure, path)
+
+
+def differences(rows: Sequence[dict], path: Path) -> Path:
+    """Paired differences of final success with their bootstrap intervals, a line a setting, a colour a grid."""
+    names = [f"{row['env']}, {row['algo']}: {', '.join(filter(None, [row['weights'], row['settings']]))}, "
+             f"lr {row['learning_rate']:g} - {row['against']} ({row['pairs']} seeds)" for row in rows]
+    figure, ax = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
+    grids = list(dict.fromkeys(row["grid"] for row in rows))
+    for y, row in enumerate(rows):
+        mean, low, high = (100 * row[name] for name in ("mean", "low", "high"))
+        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3,
+                    color=COLOURS[grids.index(row["grid"]) % len(COLOURS)])
+    ax.axvline(0, color="0.5", linewidth=1)
+    ax.set_yticks(range(len(rows)), names, fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel("difference of final success, percentage points, 95 % bootstrap interval over paired seeds")
+    return _save(figure, path)
+
+
+def diagnosis(rows: Sequence[dict], path: Path) -> Path:
+    """ρ of action tokens against mean success: a panel an environment, a colour a signal, a line a run."""
+    envs = sorted({row["env"] for row in rows})
+    figure, panels = plt.subplots(1, len(envs), figsize=(1 + 3.8 * len(envs), 3.8), squeeze=False, sharey=True,
+                                  layout="constrained")
+    for ax, env in zip(panels.flat, envs, strict=True):
+        chosen = [row for row in rows if row["env"] == env and row["tokens"] == "action"]
+        for signal, colour in zip(SIGNALS, COLOURS, strict=False):
+            lines: dict[tuple, list[dict]] = {}
+            for row in chosen:
+                if row["signal"] == signal:
+                    lines.setdefault((row["model"], row["seed"]), []).append(row)
+            for i, line in enumerate(lines.values()):
+                line.sort(key=lambda row: int(row["step"]))
+                points = [(float(row["mean_success"]), float(row["rho"])) for row in line]
+                ax.plot(*zip(*points, strict=True), marker="o", color=colour, label=signal if i == 0 else None)
+        ax.axhline(0, color="0.5", linewidth=1)
+        ax.set(title=env, xlabel="mean success", xlim=(0, 1), ylim=(-1, 1))
+    panels.flat[0].set_ylabel("Spearman's ρ of action tokens with σ_g")
+    panels.flat[0].legend(fontsize=8)
     return _save(figure, path)
 
 
