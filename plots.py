@@ -22,13 +22,15 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     One run: evaluations with 95 % intervals over its training rollouts. Several seeds: their mean over thin lines.
     """
     panels: dict[tuple, dict[str, list[Path]]] = {}
-    configs = [of_run(run) for run in runs]
-    common = set.intersection(*(set(departures(config).items()) for config in configs))
-    for run, config in zip(runs, configs, strict=True):
-        rest = (f"{name} {value}" for name, value in departures(config).items()
-                if (name, value) not in common and name != "max_steps")
-        label = ", ".join([config.weights, *rest])
-        panels.setdefault((config.env, config.algo), {}).setdefault(label, []).append(run)
+    curves: dict[tuple, dict[Path, set]] = {}  # what sets runs of the same weights apart is in their label
+    for run in runs:
+        config = of_run(run)
+        curves.setdefault((config.env, config.algo, config.weights), {})[run] = {*departures(config).items()}
+    for (env, algo, weights), members in curves.items():
+        common = set.intersection(*members.values())
+        for run, own in members.items():
+            rest = sorted(f"{name} {value}" for name, value in own - common if name != "max_steps")
+            panels.setdefault((env, algo), {}).setdefault(", ".join([weights, *rest]), []).append(run)
     labels = sorted({label for by_label in panels.values() for label in by_label})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
@@ -50,8 +52,9 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
 
 def _curve(ax, members: Sequence[Path], label: str, colour: str) -> None:
     tables = [read_lines(run / "eval.jsonl") for run in members]
-    steps = [row["step"] for row in min(tables, key=len)]
-    success = np.array([[row["success"] for row in table[: len(steps)]] for table in tables])  # (seeds, evaluations)
+    steps = [row["step"] for row in max(tables, key=len)]
+    success = np.array([[row["success"] for row in table + table[-1:] * (len(steps) - len(table))]
+                        for table in tables])  # (seeds, evaluations); of a run that broke down the last one stays
     if len(members) == 1:
         metrics = read_lines(members[0] / "metrics.jsonl")
         ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.35, lw=1)
@@ -75,8 +78,9 @@ def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarra
 
 def differences(rows: Sequence[dict], path: Path) -> Path:
     """Paired differences of final success with their bootstrap intervals, a line a setting, a colour a grid."""
-    names = [f"{row['env']}, {row['algo']}: {', '.join(filter(None, [row['weights'], row['settings']]))}, "
-             f"lr {row['learning_rate']:g} - {row['against']} ({row['pairs']} seeds)" for row in rows]
+    keys = "grid", "env", "algo", "weights", "settings"
+    names = [f"{', '.join(row[key] for key in keys if row[key])}, lr {row['learning_rate']:g} - {row['against']} "
+             f"({row['pairs']} seeds)" for row in rows]
     figure, ax = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for y, row in enumerate(rows):

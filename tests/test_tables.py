@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import experiments
+import plots
 import report
 import tables
 from config import Config, departures
@@ -182,3 +183,17 @@ def test_a_run_in_no_grid_is_under_other(again, tmp_path):
     report.write(made, {"main": [(name, None)], "tune": []}, {})
     other = (made / "README.md").read_text().split("<!-- other -->")[1].split("<!-- /other -->")[0]
     assert "gamma 0.5" in other and "by-hand" in other
+
+
+def test_learning_curves_pool_seeds_and_never_settings(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_curve", lambda ax, members, label, colour: drawn.append((label, len(members), colour)))
+    settings = [{"seed": 0}, {"seed": 1}, {"alpha": 0.3}, {"weights": "uniform"}, {"weights": "uniform", "seed": 1},
+                {"env": "sokoban", "learning_rate": 2e-4}, {"env": "sokoban", "weights": "uniform"}]
+    for i, setting in enumerate(settings):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"config": setting}))
+    plots.learning_curves(sorted(tmp_path.iterdir()), tmp_path / "curves.png")
+    blue, red, green = plots.COLOURS[:3]
+    assert drawn == [("actfocus", 2, blue), ("actfocus, alpha 0.3", 1, red), ("uniform", 2, green),
+                     ("actfocus", 1, blue), ("uniform", 1, green)]  # a rate of its own, shared by all its seeds: none
