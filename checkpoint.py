@@ -7,13 +7,14 @@ A checkpoint is an ordinary model folder for `from_pretrained`, with optimiser, 
 flushed and renamed, so a folder called checkpoint-N is always whole. Lines of later steps are cut when a run resumes.
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,6 @@ import parallel
 from policy import Critic, load_model
 
 STATE = "trainer_state.pt"
-NO_SETTING = {"env", "algo", "weights", "seed", "max_steps", "save_steps", "output_dir", "cache_dir"}
 
 
 @dataclass
@@ -58,13 +58,46 @@ def new_run(config: dict) -> Path:
             (run / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    about = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-             "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
-             "machine": platform.machine(), "ranks": parallel.ranks() if parallel.running() else None}
-    (run / "config.json").write_text(json.dumps({"config": config, **about}, indent=2) + "\n", encoding="utf-8")
+    about = {"config": config, **provenance(Path(config["model"]))}
+    (run / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def provenance(model: Path) -> dict:
+    """What a result depends on beside its settings: code, versions, hardware, and the weights that it starts from."""
+    return {"commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
+            "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
+            "ranks": parallel.ranks() if parallel.running() else None, "model_sha256": weights_digest(model)}
+
+
+def weights_digest(model: Path) -> str | None:
+    """The first 12 digits of the SHA-256 of a model folder's weights; None for a hub name."""
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    """The commit, with -dirty where code differs from it; results and texts may."""
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!*.md")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return (commit + "-dirty" * bool(changed)) or "unknown"
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    return names[0].strip() if names else platform.processor() or "unknown"
 
 
 def save_checkpoint(
@@ -123,21 +156,6 @@ def read_config(run: Path) -> dict:
     if not (run / "config.json").is_file() or "config" not in (about := json.loads((run / "config.json").read_text())):
         raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
     return about["config"]
-
-
-def by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
-    """Runs that differ in seed or length only, under (env, algo, label): its weights, and what else tells it apart."""
-    configs = {run: read_config(run) for run in runs}
-    groups: dict[tuple[str, str, str], list[Path]] = {}
-    for run, config in configs.items():
-        rivals = [other for other in configs.values() if all(other[key] == config[key] for key in ("env", "algo"))]
-        label = [config["weights"]]
-        for name in config.keys() - NO_SETTING - ({"alpha", "beta"} if label == ["uniform"] else set()):
-            values = {Path(str(other[name])).name for other in rivals if name in other}  # a model goes by its last name
-            if len(values) > 1:
-                label.append(f"{name} {Path(str(config[name])).name}")
-        groups.setdefault((config["env"], config["algo"], " ".join([label[0], *sorted(label[1:])])), []).append(run)
-    return dict(sorted(groups.items()))
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import checkpoint
 from baselines import KINDS
+from energy import SIGNALS
 from envs import ENVS
 from policy import TINY
 from sudoku import GIVENS
@@ -45,6 +46,9 @@ class Config:
     weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
+    signal: str = one_of(*SIGNALS, default="energy")  # sₜ in place of Eₜ in Eq. (5), Eqs. (19)-(22)
+    tag_weight: str = one_of("alpha", "one", default="alpha")  # of <think>, </think>, <answer>, </answer>; ours
+    weight_stats: str = one_of("batch", "mini_batch", default="batch")  # what μ_E and σ_E are taken over; ours
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
     max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
     num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1
@@ -179,7 +183,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = {**asdict(Config()), **checkpoint.read_config(path.parent)}  # an older run lacks newer settings
+        saved = asdict(of_run(path.parent))
         saved |= {"output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
@@ -201,6 +205,34 @@ def chosen_settings(preset: str, env: str, algo: str) -> dict[str, dict]:
     of_paper = PAPER_BY_ALGO.get((env, algo), {}) if preset == "paper" else {}
     return {f"preset {preset}": PRESETS[preset], f"{env} in preset {preset}": BY_ENV[preset].get(env, {}) | of_paper,
             f"algo {algo}": ALGO_SETTINGS.get(algo, {})}
+
+
+def usual_settings(preset: str, env: str, algo: str) -> dict:
+    """All of `chosen_settings` at once."""
+    return {name: value for part in chosen_settings(preset, env, algo).values() for name, value in part.items()}
+
+
+def of_run(run: Path) -> Config:
+    """The settings a run was started with; one that is older than a setting has its default."""
+    return Config(**{**asdict(Config()), **checkpoint.read_config(run)})
+
+
+def departures(config: Config) -> dict:
+    """What sets a run apart from others of its environment, method and weights: settings unlike their usual values.
+
+    Left out are the seed and what changes no number: folders, checkpoints, the size of micro-batches; and, under
+    uniform weights, what only ActFocus reads.
+    """
+    unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens"}
+    usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
+    own = {**asdict(config), "model": Path(config.model).name}
+    usual["model"] = Path(usual["model"]).name
+    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+        if own[budget] == getattr(ENVS[config.env], budget):
+            unread.add(budget)
+    if config.weights == "uniform":
+        unread |= {"alpha", "beta", "signal", "tag_weight", "weight_stats"}
+    return {name: value for name, value in own.items() if name not in unread and value != usual[name]}
 
 
 def _boolean(text: str) -> bool:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SIGNALS = ("energy", "entropy", "policy_nll", "logprob_shift")  # Eqs. (19)-(22)
+
 
 def token_energy(logits: Tensor) -> Tensor:
     """Energy of the next-token distribution under the frozen reference model. Eq. (4).
@@ -99,23 +101,46 @@ def group_means(signal: Tensor, mask: Tensor, group_size: int) -> np.ndarray:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Spearman's ρ and its two-sided p-value; pairs with a NaN are left out.
-
-    With t = ρ·√((n-2)/(1-ρ²)) and θ = arctan(t/√(n-2)) = arcsin ρ, Student's tail becomes an integral of cosines:
-        p = ∫_{arcsin|ρ|}^{π/2} cosⁿ⁻³θ dθ / ∫_0^{π/2} cosⁿ⁻³θ dθ
-    """
+    """Spearman's ρ and its two-sided p-value; pairs with a NaN are left out. NaN for fewer than 3, or no variation."""
     keep = ~(np.isnan(first) | np.isnan(second))
     first, second = _ranks(first[keep]), _ranks(second[keep])
     n = len(first)
     if n < 3 or first.std() == 0 or second.std() == 0:
         return float("nan"), float("nan")
     rho = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+    return rho, _p_value(rho, n - 2)
 
+
+def partial_spearman(first: np.ndarray, second: np.ndarray, given: np.ndarray) -> tuple[float, float]:
+    """Spearman's ρ between what is left of two ranks after a line in the rank of a third, and its p-value.
+
+        ρ₁₂.₃ = (ρ₁₂ - ρ₁₃ ρ₂₃) / √((1 - ρ₁₃²)(1 - ρ₂₃²))        n - 3 degrees of freedom
+
+    Careful: it removes what rises or falls with the third, nothing else. The spread of 0/1 returns is
+    √(m (1 - m) G / (G-1)) of their mean m: where all m lie on one side of ½ nothing of it is left to correlate.
+    NaN for fewer than 4 triples, or where the third's ranks determine another's.
+    """
+    keep = ~(np.isnan(first) | np.isnan(second) | np.isnan(given))
+    pairs = ((first, second), (first, given), (second, given))
+    rho, rho13, rho23 = (spearman(one[keep], other[keep])[0] for one, other in pairs)
+    left = (1 - rho13**2) * (1 - rho23**2)
+    if keep.sum() < 4 or not left > 1e-12:
+        return float("nan"), float("nan")
+    partial = float(np.clip((rho - rho13 * rho23) / left**0.5, -1, 1))
+    return partial, _p_value(partial, int(keep.sum()) - 3)
+
+
+def _p_value(rho: float, freedom: int) -> float:
+    """Two-sided p of a correlation with ν degrees of freedom.
+
+    With t = ρ·√(ν/(1-ρ²)) and θ = arctan(t/√ν) = arcsin ρ, Student's tail becomes an integral of cosines:
+        p = ∫_{arcsin|ρ|}^{π/2} cosᵛ⁻¹θ dθ / ∫_0^{π/2} cosᵛ⁻¹θ dθ
+    """
     def tail(start: float) -> float:
         theta = start + (np.pi / 2 - start) * np.linspace(0, 1, 20001) ** 2  # finest where the integrand is largest
-        return np.trapezoid(np.cos(theta).clip(min=0) ** (n - 3), theta)
+        return np.trapezoid(np.cos(theta).clip(min=0) ** (freedom - 1), theta)
 
-    return rho, float(tail(np.arcsin(abs(rho))) / tail(0.0))
+    return float(tail(np.arcsin(abs(rho))) / tail(0.0))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

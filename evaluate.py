@@ -12,10 +12,8 @@ A folder of a run brings its own settings; every flag of train.py overrides them
 P prompts, G rollouts each, B = P·G rows, T tokens.
 """
 
-import csv
 import ctypes
 import gc
-import json
 import statistics
 import sys
 import time
@@ -25,24 +23,22 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
 
 import checkpoint
-import plots
+import diagnosis
+import tables
 import train
 import viewer
-from actfocus import answer_span, token_weights
+from actfocus import answer_span
 from checkpoint import State
 from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
-from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
 from methods import METHODS, env_options, make_episodes
-from metrics import describe, mean_interval
+from metrics import describe
 from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
-from rollout import Batch, Engine, Trajectory, rollout, token_pieces
-from train import build_state, evaluate_player, evaluate_policy, score_batch
+from rollout import Batch, Engine, rollout, token_pieces
+from train import build_state, evaluate_player, evaluate_policy
 
-BOTTLENECK_PROMPTS = 256  # groups of the diagnosis
 ROUNDS = 3  # of the bench
 
 
@@ -54,10 +50,13 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
         parser.add_argument(f"--{name}", action="store_true", default=False)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
+    parser.add_argument("--csv", type=Path, metavar="TABLE", help="with --bottleneck: append its rows to this file")
     parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
-    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside")
+    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv")
     todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder")
+    if todo["csv"] and not (todo["bottleneck"] and todo["csv"].parent.is_dir()):
+        raise ValueError(f"--csv {todo['csv']}: goes with --bottleneck, and its folder must exist")
     if todo["beside"]:
         if not todo["html"]:
             raise ValueError("--beside: needs --html PAGE, the page to write")
@@ -94,60 +93,6 @@ def floors(config: Config) -> None:
             print(f"{env:>10}, {name:>14}: {describe(evaluate_player(replace(config, env=env), player))}")
 
 
-def compare(runs: Sequence[Path], out: Path) -> None:
-    """Learning curves and gradient mass of several runs, all their evaluations as a table, a line for each setting."""
-    pictures = plots.learning_curves(runs, out / "learning.png"), plots.gradient_mass(runs, out / "gradient.png")
-    settings = ("env", "algo", "weights", "alpha", "beta", "seed", "learning_rate", "success_rate", "coordinates",
-                "sudoku_level", "hints")
-    rows = []
-    for run in runs:
-        about = json.loads((run / "config.json").read_text())
-        chosen = {name: about["config"].get(name) for name in settings}  # a run may be older than a setting
-        chosen |= {name: about[name] for name in ("commit", "torch", "threads")}
-        rows += [{**chosen, **line} for line in checkpoint.read_lines(run / "eval.jsonl")]
-    with (out / "evaluations.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(*result_rows(runs), f"plot {pictures[0]}", sep="\n")
-    print(f"plot {pictures[1]}" if pictures[1] else "no plot of the gradient: no run here has --weights actfocus")
-    print(f"table {out / 'evaluations.csv'}")
-
-
-def result_rows(runs: Sequence[Path]) -> list[str]:
-    """A Markdown row for each setting: seeds, steps, success before and after, 95 % interval, minutes of training.
-
-    Several seeds: Student's interval of their mean. One seed: that of its evaluation, over levels.
-    """
-    table = []
-    for (env, algo, label), members in checkpoint.by_setting(runs).items():
-        lines = [checkpoint.read_lines(run / "eval.jsonl") for run in members]
-        metrics = [row for run in members for row in checkpoint.read_lines(run / "metrics.jsonl")]
-        seconds = sum(value for row in metrics for name, value in row.items() if name.startswith("seconds_"))
-        last = [evaluations[-1] for evaluations in lines]
-        low, high = mean_interval([line["success"] for line in last]) if last[1:] else (last[0]["low"], last[0]["high"])
-        seeds = " ".join(str(checkpoint.read_config(run)["seed"]) for run in members)
-        before, after = (statistics.mean(evaluations[i]["success"] for evaluations in lines) for i in (0, -1))
-        steps = "-".join(map(str, sorted({line["step"] for line in last})))
-        table.append(f"| {env} | {algo} | {label} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
-                     f"[{100 * low:.1f}, {100 * high:.1f}] | {seconds / 60 / len(members):.0f} |")
-    return table
-
-
-def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, Tensor]:
-    """Rollouts of the model in `folder` on evaluation levels, with the reference's energies and (B, T) entropies."""
-    policy, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
-    generator, rows = torch.Generator().manual_seed(config.seed), []
-    for first in range(0, prompts, 16):
-        levels = range(first, min(first + 16, prompts))
-        rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
-                        config.temperature, config.max_response_tokens, config.max_context)
-    batch = Batch.of(rows)
-    scores = score_batch(load_model(config.model), batch, config)
-    batch.energy = scores.energy
-    return rows, batch, scores.entropy
-
-
 def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
     """Print episodes: observations dim, reasoning blue, action tokens on red that deepens with their weight."""
     scene = viewer.stage(config, folder)
@@ -181,31 +126,6 @@ def _paint(kind: str, weight: float, beta: float, text: str) -> str:
     reds = (224, 217, 210, 203, 196)  # of the terminal's 256 colours, from pale to full red
     code = {"prompt": "2", "reasoning": "34"}.get(kind) or f"30;48;5;{reds[viewer.intensity(True, weight, beta)]}"
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
-def bottleneck(config: Config, folder: Path) -> None:
-    """The diagnosis: where does uncertainty tell how much the returns of a prompt vary?"""
-    rows, batch, entropy = scored_rollouts(config, folder, BOTTLENECK_PROMPTS)
-    group_size, energy, returns = config.num_generations, batch.energy, batch.returns
-    result = action_bottleneck(energy, batch.is_action, batch.is_reasoning, returns, group_size)
-    by_entropy = action_bottleneck(entropy, batch.is_action, batch.is_reasoning, returns, group_size)
-    success = statistics.mean(row.episode.success for row in rows)
-    print(f"{config.env}, {folder}: {result['num_groups']} groups x {group_size}, mean success {success:.3f}, "
-          f"action tokens {100 * result['action_fraction']:.1f} % of the response")
-    for name in ("action", "reasoning", "response"):
-        print(f"{name:>10}  energy ρ {result[f'rho_{name}']:+.3f} (p {result[f'p_{name}']:.1e})   "
-              f"entropy ρ {by_entropy[f'rho_{name}']:+.3f} (p {by_entropy[f'p_{name}']:.1e})")
-    masks = {"action": batch.is_action, "reasoning": batch.is_reasoning, "response": batch.is_response}
-    means = {name: group_means(energy, mask, group_size) for name, mask in masks.items()}
-    out = folder.parent / "plots" if folder.name.startswith("checkpoint-") else Path("runs") / "bottleneck"
-    plot = plots.bottleneck(result, means, returns.view(-1, group_size).std(1).numpy(),
-                            out / f"bottleneck-{config.env}-{folder.name}.png")
-    print(f"plot {plot}")
-    if batch.is_action.any():
-        weights = token_weights(energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)[batch.is_action]
-        curve = plots.weight_of_energy(energy[batch.is_action].numpy(), weights.numpy(), *config.alpha_beta,
-                                       out / f"weights-{config.env}-{folder.name}.png")
-        print(f"plot {curve}")
 
 
 def bench(config: Config) -> None:
@@ -330,13 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         todo, config, folder = parse(argv)
         if todo["plot"]:
-            compare(todo["plot"], Path(config.output_dir or "runs"))
+            tables.compare(todo["plot"], Path(config.output_dir or "runs"))
         elif todo["floors"]:
             floors(config)
         elif todo["bench"]:
             bench(config)
         elif todo["bottleneck"]:
-            bottleneck(config, folder)
+            diagnosis.diagnose(config, folder, todo["csv"])
         elif todo["html"]:
             sides = [(config, folder), *([todo["beside"]] if todo["beside"] else [])]
             print(f"page {todo['html']} ({viewer.write_page(todo['html'], sides) / 1000:.0f} kB)")

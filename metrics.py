@@ -72,14 +72,23 @@ def summary(episodes: Sequence[Episode], samples: int) -> dict:
 
 
 def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean success, over prompts: samples of one prompt are no news.
+    """95 % interval of the mean success, over prompts: samples of one prompt are no news.
 
     Args:
-        success: (P, samples) of 0 and 1.   draws: bootstrap resamples, from a fixed seed.
+        success: (P, samples) of 0 and 1.   draws: bootstrap resamples.
     """
-    means = success.mean(1)
-    index = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
-    low, high = np.quantile(means[index].mean(1), [0.025, 0.975])
+    return bootstrap_interval(success.mean(1), draws)
+
+
+def bootstrap_interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of independent values; resamples from a fixed seed.
+
+    Careful: of five values it is too narrow (it covers the mean of a normal distribution in about 84 % of cases, not
+    95 %); `mean_interval` is not, where values are about normal. Of one value it has no width.
+    """
+    values = np.asarray(values, dtype=float)
+    index = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[index].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 

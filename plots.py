@@ -7,7 +7,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from checkpoint import by_setting, read_lines
+from checkpoint import read_lines
+from config import departures, of_run
+from energy import SIGNALS
 from metrics import mean_interval
 
 matplotlib.use("Agg")  # files only, no window
@@ -21,7 +23,7 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
 
     Several seeds: their mean and its 95 % interval. One run: evaluations with intervals over its training rollouts.
     """
-    settings = by_setting(runs)
+    settings = _by_setting(runs)
     panels, labels = sorted({key[:2] for key in settings}), sorted({key[2] for key in settings})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
@@ -46,11 +48,27 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     return _save(figure, path)
 
 
+def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
+    """Runs that differ in seed or length only, under (env, algo, label): its weights, and what else tells it apart."""
+    alike: dict[tuple, dict[Path, set]] = {}
+    for run in runs:
+        config = of_run(run)
+        alike.setdefault((config.env, config.algo, config.weights), {})[run] = {*departures(config).items()}
+    groups: dict[tuple[str, str, str], list[Path]] = {}
+    for (env, algo, weights), members in alike.items():
+        common = set.intersection(*members.values())
+        for run, own in members.items():
+            rest = sorted(f"{name} {value}" for name, value in own - common if name != "max_steps")
+            groups.setdefault((env, algo, ", ".join([weights, *rest])), []).append(run)
+    return dict(sorted(groups.items()))
+
+
 def _curve(ax, members: Sequence[Path], label: str, colour: str) -> str:
     """One setting's curve. Returns what its parts mean."""
     tables = [read_lines(run / "eval.jsonl") for run in members]
-    steps = [row["step"] for row in min(tables, key=len)]
-    success = np.array([[row["success"] for row in table[: len(steps)]] for table in tables])  # (seeds, evaluations)
+    steps = [row["step"] for row in max(tables, key=len)]
+    success = np.array([[row["success"] for row in table + table[-1:] * (len(steps) - len(table))]
+                        for table in tables])  # (seeds, evaluations); of a run that broke down the last one stays
     if len(members) == 1:
         metrics = read_lines(members[0] / "metrics.jsonl")
         ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.3, lw=0.8)
@@ -70,7 +88,7 @@ def gradient_mass(runs: Sequence[Path], path: Path) -> Path | None:
 
     A bar is the mean over a run's steps, then over seeds with its 95 % interval. None where no run used Eq. (5).
     """
-    settings = {key: members for key, members in by_setting(runs).items() if key[2].startswith("actfocus")}
+    settings = {key: members for key, members in _by_setting(runs).items() if key[2].startswith("actfocus")}
     if not settings:
         return None
     figure, ax = plt.subplots(figsize=(2.4 + 2 * len(settings), 4), layout="constrained")
@@ -130,6 +148,47 @@ def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarra
         axes.set_title(f"{name} tokens: ρ = {result[f'rho_{name}']:+.2f}, p = {result[f'p_{name}']:.1e}", fontsize=10)
         axes.set_xlabel("mean energy of the group, nats")
     panels[0].set_ylabel("std of returns in the group, σ_g")
+    return _save(figure, path)
+
+
+def differences(rows: Sequence[dict], path: Path) -> Path:
+    """Paired differences of final success with their bootstrap intervals, a line a setting, a colour a grid."""
+    keys = "grid", "env", "algo", "weights", "settings"
+    names = [f"{', '.join(row[key] for key in keys if row[key])}, lr {row['learning_rate']:g} - {row['against']} "
+             f"({row['pairs']} seeds)" for row in rows]
+    figure, ax = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
+    grids = list(dict.fromkeys(row["grid"] for row in rows))
+    for y, row in enumerate(rows):
+        mean, low, high = (100 * row[name] for name in ("mean", "low", "high"))
+        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3,
+                    color=COLOURS[grids.index(row["grid"]) % len(COLOURS)])
+    ax.axvline(0, color="0.5", linewidth=1)
+    ax.set_yticks(range(len(rows)), names, fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel("difference of final success, percentage points, 95 % bootstrap interval over paired seeds")
+    return _save(figure, path)
+
+
+def diagnosis(rows: Sequence[dict], path: Path) -> Path:
+    """ρ of action tokens against mean success: a panel an environment, a colour a signal, a line a run."""
+    envs = sorted({row["env"] for row in rows})
+    figure, panels = plt.subplots(1, len(envs), figsize=(1 + 3.8 * len(envs), 3.8), squeeze=False, sharey=True,
+                                  layout="constrained")
+    for ax, env in zip(panels.flat, envs, strict=True):
+        chosen = [row for row in rows if row["env"] == env and row["tokens"] == "action"]
+        for signal, colour in zip(SIGNALS, COLOURS, strict=False):
+            lines: dict[tuple, list[dict]] = {}
+            for row in chosen:
+                if row["signal"] == signal:
+                    lines.setdefault((row["model"], row["seed"]), []).append(row)
+            for i, line in enumerate(lines.values()):
+                line.sort(key=lambda row: int(row["step"]))
+                points = [(float(row["mean_success"]), float(row["rho"])) for row in line]
+                ax.plot(*zip(*points, strict=True), marker="o", color=colour, label=signal if i == 0 else None)
+        ax.axhline(0, color="0.5", linewidth=1)
+        ax.set(title=env, xlabel="mean success", xlim=(0, 1), ylim=(-1, 1))
+    panels.flat[0].set_ylabel("Spearman's ρ of action tokens with σ_g")
+    panels.flat[0].legend(fontsize=8)
     return _save(figure, path)
 
 

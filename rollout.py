@@ -100,6 +100,8 @@ class Batch:
     lengths: Tensor  # (B,) tokens of each row
     ref_logp: Tensor | None = None
     energy: Tensor | None = None
+    signal: Tensor | None = None  # what Eq. (5) standardises, the energy by default
+    is_tag: Tensor | None = None  # where tags have a weight of their own
     advantages: Tensor | None = None
     values: Tensor | None = None  # the critic's, before the update
     value_targets: Tensor | None = None

@@ -30,6 +30,7 @@ import parallel
 import plots
 import smollm2
 import warmstart
+from ablation import tag_mask, weight_signal
 from actfocus import policy_loss, token_weights, whiten
 from baselines import kl_estimate, value_loss
 from checkpoint import State
@@ -76,7 +77,9 @@ def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float]
     batch.energy, batch.ref_logp = reference.energy, reference.logp  # Eₜ under π_ref, Eq. (4)
     scored = time.perf_counter()
     batch.advantages = method.advantages(config, state, batch, rows)  # Aₜ, Eq. (3) or (12)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)  # wₜ, Eq. (5)
+    batch.signal = weight_signal(config.signal, reference, batch.old_logp)  # Eₜ, or what the ablation tries instead
+    batch.is_tag = tag_mask(rows, state.tokenizer) if config.tag_weight == "one" else None
+    batch.weights = weigh(config, batch)  # wₜ, Eq. (5)
     updated = update(config, state, batch)  # Eq. (6)
     seconds = {"seconds_rollout": sampled - start, "seconds_reference": scored - sampled,
                "seconds_update": time.perf_counter() - scored}
@@ -96,10 +99,20 @@ def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Confi
     return scores
 
 
+def weigh(config: Config, batch: Batch, rows: slice | Tensor = slice(None)) -> Tensor:
+    """(B, T): wₜ of these rows, standardised over their own action tokens. Eq. (5)."""
+    is_action, is_reasoning = batch.is_action[rows], batch.is_reasoning[rows]
+    weights = token_weights(batch.signal[rows], is_action, is_reasoning, *config.alpha_beta)
+    return weights if batch.is_tag is None else torch.where(batch.is_tag[rows] & is_reasoning, 1.0, weights)
+
+
 def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
     """One epoch of optimiser steps over mini-batches; each is cut into micro-batches whose gradients add up."""
-    order = torch.randperm(len(batch.returns), generator=state.generator)
-    minis = [mini for rows in order.split(config.mini_batch_size) if (mini := batch.take(rows)).is_response.any()]
+    order = torch.randperm(len(batch.returns), generator=state.generator).split(config.mini_batch_size)
+    if config.weight_stats == "mini_batch":
+        for rows in order:
+            batch.weights[rows] = weigh(config, batch, rows)
+    minis = [mini for rows in order if (mini := batch.take(rows)).is_response.any()]
     sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max", "kl"), 0.0)
     norms, skipped, over_kl = [], state.skipped, 0
     for number, mini in enumerate(minis):

@@ -7,7 +7,8 @@ B = P·G rows, T tokens.
     python evaluate.py runs/NAME --html tokens.html
     python evaluate.py runs/NAME --html tokens.html --beside models/tiny      # two models, the same level
 
-Differs from training: evaluation levels; no filter of groups (StarPO-S, DAPO); no whitening of mini-batches (POAD).
+Differs from training: evaluation levels; no filter of groups (StarPO-S, DAPO); no whitening (POAD) and no
+weights (--weight_stats) of mini-batches.
 """
 
 import html
@@ -21,13 +22,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from actfocus import token_weights
+from ablation import tag_mask, weight_signal
 from checkpoint import STATE, State
 from config import CRITIC, Config
 from methods import METHODS, env_options
 from policy import load_critic, load_model, load_tokenizer
 from rollout import Batch, Trajectory, token_pieces
-from train import score_batch
+from train import score_batch, weigh
 
 LEVELS, COLUMNS = 5, ("class", "log-prob", "entropy", "energy", "weight", "advantage")  # of intensity; of the panel
 SCHEMES = {  # page, text, reasoning, action: blues and oranges that colour-blind readers tell apart (Okabe and Ito)
@@ -53,12 +54,14 @@ def stage(config: Config, folder: Path) -> Scene:
     method = METHODS[config.algo]
     rows = method.play(config, state, range(config.num_prompts))
     batch, missing = Batch.of(rows), ""
-    batch.energy = score_batch(state.reference, batch, config).energy
+    reference = score_batch(state.reference, batch, config)
+    batch.energy, batch.signal = reference.energy, weight_signal(config.signal, reference, batch.old_logp)
+    batch.is_tag = tag_mask(rows, state.tokenizer) if config.tag_weight == "one" else None
     if config.algo in CRITIC and not state.critic:
         missing = f"{config.algo} computes them from a critic, and {folder} has none saved"
     else:
         batch.advantages = method.advantages(config, state, batch, rows)
-    batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)
+    batch.weights = weigh(config, batch)
     return Scene(config, folder, state.tokenizer, rows, batch, missing)
 
 

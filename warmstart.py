@@ -6,11 +6,12 @@ and never names the move. First the moves are optimal, so that the mapping is le
 a falling probability (`STAGES`), which leaves a soft policy with knowledge under it.
 
     python warmstart.py --output_dir models/tiny --seed 0      # rebuilds the committed folder
+    python warmstart.py --output_dir models/committed --committed      # from it, thoughts that end with the move
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,17 @@ from transformers import (
 )
 
 from envs import Cell, Env, Episode, make_env
-from policy import load_model, load_tokenizer, micro_batches, opening_text, pad, precision, score_tokens, turn_text
+from policy import (
+    TINY,
+    load_model,
+    load_tokenizer,
+    micro_batches,
+    opening_text,
+    pad,
+    precision,
+    score_tokens,
+    turn_text,
+)
 from rollout import token_pieces
 
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}, "sudoku": {},
@@ -40,6 +51,8 @@ STAGES = (  # learning rate, then steps and each game's probability of an optima
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
 ROWS = {"frozenlake": 12, "sokoban": 12, "sudoku": 10, "webshop": 6}  # transcripts a step; WebShop's are long and easy
 ROWS_OF_ONE, SKILL_OF_ONE = 8, 0.4  # transcripts a step, and their players, where a model learns one game only
+COMMITTED = {"frozenlake": "I go", "sokoban": "I go", "sudoku": "I put"}  # how a thought begins to name its moves
+COMMITTED_STEPS = (300, 300)  # optimal moves, so that the thought learns to choose; then the last skills of STAGES
 PLAIN = SimpleNamespace(chat_template=None)  # turns are lines
 # A coordinate, a map's cell, a word: one token each.
 WORD = r" ?\[\d\]| ?\d,\d| ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d| ?[^\sA-Za-z0-9]|\s"
@@ -160,6 +173,36 @@ def transcript(
     return parts
 
 
+def committed(
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None
+) -> list[tuple[str, bool]]:
+    """`transcript` with thoughts that end with the moves: the decision is a reasoning token, the answer repeats it."""
+    parts = transcript(game, seed, skill, tokenizer, options)
+    return [(_commit(game, text) if is_response else text, is_response) for text, is_response in parts]
+
+
+def _commit(game: str, response: str) -> str:
+    """The moves as words that are one token each in the answer too: Left, or a digit and its row,column."""
+    thought, answer = response.removesuffix("</answer>").split("</think><answer>")
+    moves = answer.split(" || ")
+    if game == "sudoku":
+        moves = [f"{digit} at {row},{column}" for row, column, digit in (move.split(",") for move in moves)]
+    return f"{thought} {COMMITTED[game]} {' and '.join(moves)}.</think><answer>{answer}</answer>"
+
+
+def commit_tiny(folder: Path, seed: int, shrink: int) -> None:
+    """Continue models/tiny on `committed` transcripts, and save it as `folder`."""
+    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    learning_rate, phases = STAGES[-1]
+    soft = dict(zip(GAMES, phases[-1][1], strict=True))
+    skills = [skill for steps, skill in zip(COMMITTED_STEPS, (dict.fromkeys(GAMES, 1.0), soft), strict=True)
+              for _ in range(steps // shrink)]
+    rows = {game: ROWS[game] for game in COMMITTED}
+    train(model, tokenizer, skills, learning_rate, 1000 + seed, rows, write=committed)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+
+
 def _wander(episode: Episode, rng: np.random.Generator) -> None:
     """Random moves before the first turn; taken back if they end the episode or spoil it."""
     env, moves = episode.env, rng.integers(6)
@@ -211,6 +254,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) ->
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: list[dict[str, float]], learning_rate: float,
     seed: int, rows: dict[str, int] = ROWS, options: dict | None = None, dtype: str = "float32",
+    write: Callable[..., list[tuple[str, bool]]] = transcript,
 ) -> None:
     """Weighted cross-entropy on response tokens of players of the given skills, a game's each step.
 
@@ -224,7 +268,7 @@ def train(
     games, start = [game for game, count in rows.items() for _ in range(count)], time.time()
     for step, skill in enumerate(skills):
         first = FIRST_SEED + (seed * 100_000 + step) * len(games)
-        texts = [transcript(game, first + i, skill[game], tokenizer, options) for i, game in enumerate(games)]
+        texts = [write(game, first + i, skill[game], tokenizer, options) for i, game in enumerate(games)]
         coded = [encode(tokenizer, parts) for parts in texts]
         total = sum(sum(weights) for _, weights in coded)
         loss = 0.0
@@ -266,8 +310,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shrink", type=int, default=1, help="divide all steps by this, for a quick try")
+    parser.add_argument("--committed", action="store_true", help="continue models/tiny on thoughts that name the move")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    if args.committed:
+        commit_tiny(args.output_dir, args.seed, args.shrink)
+        return
     samples = (transcript(game, FIRST_SEED - 1 - i, 0.5) for game in GAMES for i in range(1000))
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))

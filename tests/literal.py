@@ -254,14 +254,28 @@ def update_set(parent):
     return [u >= 0 and parent.count(u) > 1 for u in parent]
 
 
+def ranks(values):
+    """A rank is 1 + how many are smaller + half of the others that are equal."""
+    return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+
+
 def spearman(first, second):
-    """Pearson's correlation of the ranks; a rank is 1 + how many are smaller + half of the others that are equal."""
+    """Pearson's correlation of the ranks."""
+    return pearson(ranks(first), ranks(second))
 
-    def ranks(values):
-        return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
 
-    first, second, n = ranks(first), ranks(second), len(first)
-    mean = (n + 1) / 2
-    covariance = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
-    spread = math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
-    return covariance / spread
+def pearson(first, second):
+    """Covariance over the product of spreads."""
+    means = sum(first) / len(first), sum(second) / len(second)
+    covariance = sum((a - means[0]) * (b - means[1]) for a, b in zip(first, second, strict=True))
+    return covariance / math.sqrt(sum((a - means[0]) ** 2 for a in first) * sum((b - means[1]) ** 2 for b in second))
+
+
+def partial_spearman(first, second, given):
+    """Pearson's correlation of what a least-squares line in the third's ranks leaves of the ranks of the others."""
+    given = ranks(given)
+    mean, left = sum(given) / len(given), []
+    for values in (ranks(first), ranks(second)):
+        slope = sum((g - mean) * v for g, v in zip(given, values, strict=True)) / sum((g - mean) ** 2 for g in given)
+        left.append([v - slope * (g - mean) for g, v in zip(given, values, strict=True)])
+    return pearson(*left)

@@ -124,6 +124,41 @@ def test_spearman_equals_the_loop_over_ranks(seed):
     assert energy.spearman(np.exp(first), -second) == pytest.approx((-rho, p))  # only ranks count
 
 
+def test_partial_spearman_of_four_triples_by_hand():
+    # Ranks 1 2 3 4, 2 1 4 3 and 2 1 3 4: ρ₁₂ = 1 - 6 · 4 / 60 = 0.6, ρ₁₃ = ρ₂₃ = 1 - 6 · 2 / 60 = 0.8;
+    # (0.6 - 0.64) / 0.36 = -1/9, and with one degree of freedom p = 1 - arcsin(1/9) / (π/2).
+    values = np.array([10.0, 20, 30, 40]), np.array([2.0, 1, 4, 3]), np.array([-2.0, -3, 0, 7])
+    expected = -1 / 9, 1 - np.arcsin(1 / 9) / (np.pi / 2)
+    assert energy.partial_spearman(*values) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_partial_spearman_equals_the_correlation_of_residuals_of_ranks(seed):
+    first, second, given = np.random.default_rng(seed).integers(0, 9, (3, 23)).astype(float)
+    second += given
+    rho, p = energy.partial_spearman(first, second, given)
+    assert rho == pytest.approx(literal.partial_spearman(*(x.tolist() for x in (first, second, given))))
+    assert energy.partial_spearman(second, first, np.exp(given)) == pytest.approx((rho, p))  # only ranks count
+    nan = np.array([np.nan])
+    longer = [np.concatenate([x, nan if i == seed % 3 else [5.0]]) for i, x in enumerate((first, second, given))]
+    assert energy.partial_spearman(*longer) == pytest.approx((rho, p))
+
+
+def test_partial_spearman_takes_out_what_a_common_cause_explains():
+    rng = np.random.default_rng(0)
+    cause = rng.standard_normal(400)
+    first, second = cause + rng.standard_normal((2, 400))
+    assert energy.spearman(first, second)[1] < 1e-10 and abs(energy.partial_spearman(first, second, cause)[0]) < 0.12
+    assert energy.partial_spearman(first, second, rng.standard_normal(400))[1] < 1e-10  # an unrelated one: nothing
+
+
+def test_partial_spearman_is_nan_where_the_third_determines_another_or_triples_are_few():
+    values = np.arange(6.0), np.array([2.0, 1, 3, 4, 6, 5])
+    for given in (values[0] ** 3, -values[1], np.ones(6)):
+        assert np.isnan(energy.partial_spearman(*values, given)).all()
+    assert np.isnan(energy.partial_spearman(*(v[:3] for v in values), np.array([1.0, 3, 2]))).all()
+
+
 def test_spearman_leaves_out_pairs_with_nan_and_is_nan_where_nothing_varies():
     nan = np.nan
     rho, p = energy.spearman(np.array([1, nan, 2, 3, 4.0, 9]), np.array([1, 5.0, 2, 4, 3, nan]))

@@ -88,19 +88,6 @@ def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tin
     assert re.search(r"^ +1 +-?\d+\.\d\d +1\.\d\d +[+-]\d\.\d\d  (Left|Right|Up|Down)$", plain, re.M)
 
 
-def test_bottleneck_prints_both_signals_for_three_classes_and_draws_them(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "BOTTLENECK_PROMPTS", 6)
-    out = printed(capsys, tiny, "--bottleneck", *SHORT)
-    assert "6 groups x 4" in out and re.search(r"action tokens \d+\.\d %", out)
-    for name in ("action", "reasoning", "response"):
-        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
-        numbers = re.findall(r"ρ ([+-]\d\.\d{3}|\+nan) \(p (\S+)\)", line)
-        assert len(numbers) == 2 and all(-1 <= float(rho) <= 1 and 0 <= float(p) <= 1 for rho, p in numbers)
-    plots = re.findall(r"^plot (\S+)", out, re.M)
-    assert [Path(plot).name.split("-")[0] for plot in plots] == ["bottleneck", "weights"]
-    assert all((tmp_path / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
-
-
 def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "ROUNDS", 1)
     out = printed(capsys, "--bench", "--model", tiny, *SHORT)
@@ -118,6 +105,8 @@ def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     (["--env", "chess"], "--env chess"),
     (["--bogus"], "--bogus"),
     (["MODEL", "--show_tokens", "--max_context", "60"], "leaves no room"),
+    (["MODEL", "--csv", "table.csv"], "--csv table.csv: goes with --bottleneck"),
+    (["MODEL", "--bottleneck", "--csv", "nowhere/table.csv"], "its folder must exist"),
 ])
 def test_a_mistake_is_one_line_and_code_2(tiny, tmp_path, capsys, arguments, part):
     capsys.readouterr()

@@ -7,7 +7,16 @@ import pytest
 import torch
 from tiny import make_batch
 
-from metrics import clipped, describe, mean_interval, rollout_metrics, success_interval, summary, token_metrics
+from metrics import (
+    bootstrap_interval,
+    clipped,
+    describe,
+    mean_interval,
+    rollout_metrics,
+    success_interval,
+    summary,
+    token_metrics,
+)
 from rollout import Trajectory
 
 
@@ -107,6 +116,25 @@ def test_the_interval_is_the_normal_one_where_levels_are_many_and_the_same_every
 def test_more_samples_of_the_same_levels_are_no_news():
     levels = (np.random.default_rng(0).random((50, 1)) < 0.4).astype(float)
     assert success_interval(np.repeat(levels, 16, axis=1)) == success_interval(levels)
+
+
+def test_the_bootstrap_interval_of_a_known_case():
+    # One 1 among five: a resample's sum is Binomial(5, .2), P(0) = .328, P(≤ 2) = .942, P(≤ 3) = .9933: [0, 3/5].
+    assert bootstrap_interval([0.0, 0.0, 1.0, 0.0, 0.0]) == (0, pytest.approx(0.6))
+    # Two values: a resample's mean is the lower one, the middle or the upper one with ¼, ½, ¼.
+    assert bootstrap_interval([-3.0, 5.0]) == (-3, 5)
+    # Moved and stretched values have a moved and stretched interval.
+    low, high = bootstrap_interval([1.0, 2.0, 4.0, 7.0, 11.0])
+    assert bootstrap_interval([-8.0, -10.0, -14.0, -20.0, -28.0]) == pytest.approx((-6 - 2 * high, -6 - 2 * low))
+    assert bootstrap_interval([0.25]) == (0.25, 0.25)
+
+
+def test_the_bootstrap_interval_of_five_values_covers_less_than_it_says_and_students_does_not():
+    rng, trials = np.random.default_rng(2), 1000
+    samples = rng.standard_normal((trials, 5))
+    for interval, low, high in ((lambda v: bootstrap_interval(v, 500), 0.80, 0.88), (mean_interval, 0.93, 0.97)):
+        bounds = [interval(sample) for sample in samples]
+        assert low < np.mean([one <= 0 <= other for one, other in bounds]) < high
 
 
 def test_the_interval_over_runs_is_students():

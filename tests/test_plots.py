@@ -1,4 +1,4 @@
-"""plots.py and checkpoint.by_setting: a figure shows the numbers of its run folders or tensors, and no others."""
+"""plots.py: a figure shows the numbers of its run folders or tensors, and no others."""
 
 import json
 
@@ -9,9 +9,8 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 
 import plots
+import tables
 from actfocus import token_weights
-from checkpoint import by_setting
-from evaluate import result_rows
 
 
 @pytest.fixture
@@ -70,27 +69,29 @@ def test_one_seed_has_the_intervals_of_its_evaluations_and_no_band_over_seeds(ru
 
 
 def test_runs_of_another_alpha_are_another_setting_and_not_further_seeds(run, figures, tmp_path):
-    wanted = {"0.1": 0.6, "1.0": 0.5, "0.0": 0.7}
-    runs = [run(f"alpha-{alpha}", [0.4, success], alpha=float(alpha)) for alpha, success in wanted.items()]
-    assert [label for _, _, label in by_setting(runs)] == [f"actfocus alpha {alpha}" for alpha in sorted(wanted)]
+    wanted = {"actfocus": 0.6, "actfocus, alpha 1.0": 0.5, "actfocus, alpha 0.0": 0.7}
+    runs = [run(label, [0.4, success], alpha=float(label.partition("alpha ")[2] or 0.1))
+            for label, success in wanted.items()]
     plots.learning_curves(runs, tmp_path / "x.png")
     (ax,) = figures[0].axes
-    lines = {alpha: curve(ax, f"actfocus alpha {alpha}") for alpha in wanted}
-    assert {alpha: line.get_ydata()[1] for alpha, line in lines.items()} == wanted
+    lines = {label: curve(ax, label) for label in wanted}
+    assert {label: line.get_ydata()[1] for label, line in lines.items()} == wanted
     assert len({to_hex(line.get_color()) for line in lines.values()}) == 3
     figures[0].draw_without_rendering()
     legend = figures[0].legends[0].get_window_extent()
     assert legend.x0 >= 0 and legend.x1 <= figures[0].bbox.width  # none of it is cut off
-    assert len(result_rows(runs)) == 3 and "| actfocus alpha 1.0 | 0 | 10 | 40.0 | 50.0 [" in result_rows(runs)[2]
+    rows = tables.result_rows([tables.read_run(folder) for folder in runs])
+    assert len(rows) == 3 and any("| actfocus, alpha 1.0 | 0 | 10 | 40.0 | 50.0 [" in row for row in rows)
 
 
-def test_seed_length_folder_and_settings_that_uniform_weights_do_not_read_make_no_other_setting(run):
+def test_what_no_number_depends_on_makes_no_other_setting(run, figures, tmp_path):
     runs = [run("a", [0.4]), run("b", [0.4, 0.5], seed=1, max_steps=10, model="models/tiny"),
             run("c", [0.4], seed=2, model="/elsewhere/tiny"),
             run("d", [0.4], weights="uniform", alpha=0.1), run("e", [0.4], weights="uniform", alpha=0.5, seed=1)]
-    groups = {label: [folder.name for folder in members] for (_, _, label), members in by_setting(runs).items()}
-    assert groups.pop("uniform") == ["d", "e"]
-    assert [*groups.values()] == [["a", "b", "c"]]
+    plots.learning_curves(runs, tmp_path / "x.png")
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {"actfocus", "uniform"}
+    thin = [line for line in figures[0].axes[0].get_lines() if line.get_linewidth() < 1]
+    assert len(thin) == 5  # the seeds of both
 
 
 def test_gradient_bars_are_the_means_of_metrics_jsonl_over_steps_and_then_seeds(run, figures, tmp_path):

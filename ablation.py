@@ -1,0 +1,70 @@
+"""What the ablations of arXiv:2605.14558v1 put in the place of parts of Eq. (5): another signal, other tags.
+
+    python train.py --signal entropy          # energy, entropy, policy_nll, logprob_shift: Eqs. (19)-(22)
+    python train.py --tag_weight one          # the four tags weigh 1 and not α
+    python train.py --weight_stats mini_batch # μ and σ of every mini-batch apart (train.update)
+
+B trajectories, T tokens. Differs from the paper: the weight of tags and the extent of μ and σ are not in it; it is
+silent about both, so they are tried.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from actfocus import RESPONSE, classify_tokens
+from energy import SIGNALS, logprob_shift, policy_nll
+from policy import TokenScores, pad
+from rollout import Trajectory, token_pieces
+
+
+def weight_signal(name: str, reference: TokenScores, old_logp: Tensor) -> Tensor:
+    """(B, T): what Eq. (5) standardises over action tokens, one of the signals (19)-(22).
+
+        energy  Eₜ    entropy  Hₜ of π_ref    policy_nll  -log π_old    logprob_shift  log π_old - log π_ref
+
+    Args:
+        reference: scores under π_ref; its entropy and log-probs are at the rollouts' temperature, 1 by default.
+        old_logp: (B, T) log π_old at the sampled tokens, nats.
+    """
+    if name not in SIGNALS:
+        raise ValueError(f"unknown signal {name!r}: choose from {', '.join(SIGNALS)}")
+    return {"energy": reference.energy, "entropy": reference.entropy, "policy_nll": policy_nll(old_logp),
+            "logprob_shift": logprob_shift(old_logp, reference.logp)}[name]
+
+
+def tag_tokens(pieces: Sequence[str]) -> Tensor:
+    """Which tokens of one response are its tags: those with a character of them, but for action tokens.
+
+    The tags are the <think>, </think>, <answer> and </answer> of the structure that Eq. (1) asks for; the same words
+    inside the thought are none, and a response without the structure has none.
+
+    Args:
+        pieces: T texts, one a token, as in `classify_tokens`.
+    Returns:
+        (T,) bool.
+    """
+    text, is_tag = "".join(pieces), []
+    match = RESPONSE.match(text)
+    if match is None:
+        return torch.zeros(len(pieces), dtype=torch.bool)
+    start, end = match.span(1)
+    thought = text.index("<think>"), text.index("</think>")  # the first ones, as in RESPONSE
+    spans = [(thought[0], thought[0] + 7), (thought[1], thought[1] + 8), (start - 8, start), (end, end + 9)]
+    position = 0
+    for piece in pieces:
+        is_tag.append(any(max(position, low) < min(position + len(piece), high) for low, high in spans))
+        position += len(piece)
+    return torch.tensor(is_tag, dtype=torch.bool) & ~classify_tokens(pieces)[1]
+
+
+def tag_mask(rows: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(B, T): `tag_tokens` of every response of these trajectories."""
+    masks = []
+    for row in rows:
+        masks.append(torch.zeros(len(row.tokens), dtype=torch.bool))
+        for start, end in row.spans:
+            masks[-1][start:end] = tag_tokens(token_pieces(tokenizer, row.tokens[start:end]))
+    return pad(masks, torch.bool)

@@ -1,0 +1,131 @@
+"""Where does uncertainty tell how much the returns of a prompt vary? Figures 1 and 2 of arXiv:2605.14558v1, in numbers.
+
+P groups of G rollouts under the policy on the first P evaluation levels; a group's mean signal over one class of
+tokens against the spread σ_g of its returns, by Spearman's ρ, for the four signals and three classes. Beside it the
+mean success and the partial correlation given the group's own success. B = P·G rows, T tokens.
+
+    python evaluate.py models/tiny --bottleneck --csv results/diagnosis.csv
+    for c in runs/NAME/checkpoint-*; do python evaluate.py $c --bottleneck --csv results/diagnosis.csv; done
+
+Differs from the paper: several signals; tiny models; rollouts on levels that training does not use.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import plots
+from ablation import weight_signal
+from actfocus import token_weights
+from config import Config
+from energy import SIGNALS, action_bottleneck, group_means, partial_spearman
+from methods import make_episodes, rollout_settings
+from policy import load_model, load_tokenizer
+from rollout import Batch, Trajectory, rollout
+from train import score_batch
+
+PROMPTS = 256  # P
+CLASSES = ("action", "reasoning", "response")
+
+
+def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, dict[str, Tensor]]:
+    """Rollouts of the model in `folder` on evaluation levels, and (B, T) of every signal.
+
+    The policy's log-probs are computed as the reference's are, so that a policy that is the reference has a shift of
+    exactly 0; those of the rollout differ in the last bits, and ranks would take that for a signal.
+    """
+    policy, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    generator, rows = torch.Generator().manual_seed(config.seed), []
+    for first in range(0, prompts, 16):
+        levels = range(first, min(first + 16, prompts))
+        rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
+                        *rollout_settings(config))
+    batch = Batch.of(rows)
+    reference = score_batch(load_model(config.model), batch, config)
+    old_logp = score_batch(policy, batch, config).logp
+    return rows, batch, {name: weight_signal(name, reference, old_logp) for name in SIGNALS}
+
+
+def correlations(
+    signals: dict[str, Tensor], is_action: Tensor, is_reasoning: Tensor, returns: Tensor, success: Tensor,
+    group_size: int,
+) -> list[dict]:
+    """A row for every signal and class of tokens: ρ and p, and both given the group's mean success.
+
+    Args:
+        signals: (B, T) each, a group's rows adjacent.   is_action, is_reasoning: (B, T) bool.
+        returns, success: (B,) R(τ), and 1 where the episode was solved.   group_size: G.
+    """
+    masks = dict(zip(CLASSES, (is_action, is_reasoning, is_action | is_reasoning), strict=True))
+    return_std = returns.double().view(-1, group_size).std(1).numpy()  # σ_g, (P,)
+    solved, rows = success.double().view(-1, group_size).mean(1).numpy(), []
+    for signal, values in signals.items():
+        found = action_bottleneck(values, is_action, is_reasoning, returns, group_size)
+        for name, mask in masks.items():
+            partial, p = partial_spearman(group_means(values, mask, group_size), return_std, solved)
+            rows.append({"signal": signal, "tokens": name, "rho": found[f"rho_{name}"], "p": found[f"p_{name}"],
+                         "partial_rho": partial, "partial_p": p})
+    return rows
+
+
+def diagnose(config: Config, folder: Path, table: Path | None) -> None:
+    """Print the diagnosis of a model, draw it, and append its rows to `table`."""
+    rows, batch, signals = scored_rollouts(config, folder, PROMPTS)
+    group_size, success = config.num_generations, torch.tensor([float(row.episode.success) for row in rows])
+    found = correlations(signals, batch.is_action, batch.is_reasoning, batch.returns, success, group_size)
+    of_run = folder.name.startswith("checkpoint-")
+    about = {
+        "model": folder.parent.name if of_run else folder.name, "env": config.env,
+        "step": int(folder.name.removeprefix("checkpoint-")) if of_run else 0, "seed": config.seed,
+        "groups": len(rows) // group_size, "group_size": group_size, "temperature": config.temperature,
+        "mean_success": success.mean().item(), "mean_return": batch.returns.mean().item(),
+        "action_fraction": (batch.is_action.sum() / batch.is_response.sum().clamp(min=1)).item(),
+    }
+    print(f"{config.env}, {folder}: {about['groups']} groups x {group_size}, mean success {about['mean_success']:.3f}, "
+          f"action tokens {100 * about['action_fraction']:.1f} % of the response")
+    for row in found:
+        print(f"{row['tokens']:>10}  {row['signal']:<14} ρ {row['rho']:+.3f} (p {row['p']:.1e})   "
+              f"given the group's success ρ {row['partial_rho']:+.3f} (p {row['partial_p']:.1e})")
+    for plot in _draw(config, folder, batch, signals["energy"], found, of_run):
+        print(f"plot {plot}")
+    if table:
+        append_rows(table, [{**about, **row, **checkpoint.provenance(folder)} for row in found])
+        print(f"table {table}")
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add rows to a CSV file, in one write, so that processes side by side do not mix their lines.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    header = ",".join(rows[0])
+    if path.exists() and (there := path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")) != header:
+        raise ValueError(f"cannot add to {path}: its columns are not those of this table, but {there[:60]!r}")
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _draw(
+    config: Config, folder: Path, batch: Batch, energy: Tensor, found: list[dict], of_run: bool
+) -> Iterator[Path]:
+    """Figure 2 for the energy, and the weights that Eq. (5) makes of it."""
+    masks = dict(zip(CLASSES, (batch.is_action, batch.is_reasoning, batch.is_response), strict=True))
+    means = {name: group_means(energy, mask, config.num_generations) for name, mask in masks.items()}
+    numbers = {f"{key}_{row['tokens']}": row[key] for row in found if row["signal"] == "energy" for key in ("rho", "p")}
+    out = folder.parent / "plots" if of_run else Path("runs") / "bottleneck"
+    return_std: np.ndarray = batch.returns.view(-1, config.num_generations).std(1).numpy()
+    yield plots.bottleneck(numbers, means, return_std, out / f"bottleneck-{config.env}-{folder.name}.png")
+    if batch.is_action.any():
+        weights = token_weights(energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)[batch.is_action]
+        yield plots.weight_of_energy(energy[batch.is_action].numpy(), weights.numpy(), *config.alpha_beta,
+                                     out / f"weights-{config.env}-{folder.name}.png")

@@ -1,0 +1,189 @@
+"""Writes results/ again from the committed runs alone: CSV tables, Markdown tables in results/README.md, figures.
+
+    python experiments.py report
+
+Between `<!-- NAME -->` and `<!-- /NAME -->` results/README.md is this file's work, all other text is written by hand.
+Nothing is left out: a run that belongs to no grid of experiments.py stands under "other".
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import plots
+from diagnosis import CLASSES
+from energy import SIGNALS
+from tables import (
+    MADE_WITH,
+    MEASURES,
+    Run,
+    by_setting,
+    difference_rows,
+    evaluation_rows,
+    read_run,
+    read_table,
+    run_row,
+    setting_row,
+    write_table,
+)
+
+Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
+GRIDS = ("main", "ablation", "rates", "committed", "rivals", "other")
+KEY = ("model", "model_sha256", "env", "step", "seed", "signal", "tokens")  # of a row of diagnosis.csv
+
+
+def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]) -> list[str]:
+    """Tables and figures of all runs in results/runs. Returns a line for each file.
+
+    Args:
+        grids: of each grid the runs it asks for, present or not.   tuning: of each (env, algo, weights) its scores.
+    """
+    runs = {folder.name: read_run(folder) for folder in sorted((results / "runs").iterdir())}
+    members = {grid: [runs[name] for name, _ in pairs if name in runs] for grid, pairs in grids.items()}
+    known = {run.name for group in members.values() for run in group}
+    members["other"] = [run for name, run in runs.items() if name not in known]
+    pairs = {grid: [(runs[one], runs[other]) for one, other in names if one in runs and other in runs]
+             for grid, names in grids.items()}
+    differences = [row for grid, both in pairs.items() for row in difference_rows(grid, both)]
+    floors, diagnosis = results / "floors.csv", latest(read_table(results / "diagnosis.csv"))
+    groups = {grid: by_setting(members.get(grid, [])).values() for grid in GRIDS}
+    settings = {grid: [{"grid": grid, **setting_row(group, floors)} for group in groups[grid]] for grid in GRIDS}
+    write_table(results / "runs.csv", [run_row(run, floors) for run in runs.values()])
+    write_table(results / "evaluations.csv", evaluation_rows(runs.values()))
+    write_table(results / "settings.csv", [row for rows in settings.values() for row in rows])
+    write_table(results / "differences.csv", differences)
+    parts = {grid: settings_table(rows) + differences_table([d for d in differences if d["grid"] == grid])
+             for grid, rows in settings.items()}
+    parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis)}
+    page = results / "README.md"
+    page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
+    return [f"{len(runs)} runs, tables in {results}", *figures(results, members["main"], differences, diagnosis)]
+
+
+def figures(results: Path, main: Sequence[Run], differences: list[dict], diagnosis: list[dict]) -> list[str]:
+    """Learning curves and gradient mass of the main grid, paired differences of all, the diagnosis along training."""
+    drawn = []
+    if main:
+        folders = [results / "runs" / run.name for run in main]
+        drawn += [plots.learning_curves(folders, results / "learning.png"),
+                  plots.gradient_mass(folders, results / "gradient.png")]
+    final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
+    if final:
+        drawn.append(plots.differences(final, results / "differences.png"))
+    if diagnosis:
+        drawn.append(plots.diagnosis(diagnosis, results / "diagnosis.png"))
+    return [f"plot {path}" for path in drawn if path]
+
+
+def fill(text: str, parts: dict[str, list[str]]) -> str:
+    """The page with new tables between its markers; every table must have its place, every marker its table."""
+    marked = re.findall(r"^<!-- (\w+) -->$", text, re.M)
+    if sorted(marked) != sorted(parts):
+        raise ValueError(f"results/README.md: has the markers {sorted(marked)}, needs {sorted(parts)}")
+    for name, lines in parts.items():
+        body = "\n".join(lines or ["(none yet)"])
+        text, count = re.subn(rf"(?s)<!-- {name} -->\n.*?<!-- /{name} -->",
+                              lambda _, name=name, body=body: f"<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->", text)
+        if count != 1:
+            raise ValueError(f"results/README.md: marker {name} must be closed, once, by <!-- /{name} -->")
+    return text
+
+
+def settings_table(rows: Sequence[dict]) -> list[str]:
+    """Markdown: a row a setting, and below it what they were made with."""
+    if not rows:
+        return []
+    letters: dict[tuple, str] = {}
+    body = []
+    for row in rows:
+        made = tuple(row[name] for name in (*MADE_WITH, "model_sha256"))
+        letter = letters.setdefault(made, chr(ord("a") + len(letters)))
+        body.append([row["env"], row["algo"], row["weights"], row["settings"] or "-", f"{row['learning_rate']:g}",
+                     row["seeds"], row["steps"], row["n"], percent(row["before"]),
+                     f"{percent(row['final'])} {interval(row['final_low'], row['final_high'])}", percent(row["peak"]),
+                     percent(row["decay"]), percent(row["area"]), reached(row), percent(row["floor"]),
+                     percent(row["ceiling"]), str(row["broke_down"]), letter, f"`{row['command']}`"])
+    head = ["env", "algo", "weights", "other settings", "lr", "seeds", "steps", "n", "before", "final [95 %]", "peak",
+            "decay", "area", "80 % of ceiling", "floor", "ceiling", "broke down", "made", "again"]
+    names = *MADE_WITH, "first weights"
+    notes = [f"- {letter}: " + ", ".join(f"{name} {value}" for name, value in zip(names, made, strict=True)
+                                         if value not in ("", "None")) for made, letter in letters.items()]
+    return [*markdown(head, body), "", *notes]
+
+
+def differences_table(rows: Sequence[dict]) -> list[str]:
+    """Markdown: paired differences in percentage points, a row a setting."""
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("env", "algo", "weights", "settings", "learning_rate", "against", "seeds"))
+        grouped.setdefault(key, {})[row["measure"]] = row
+    body = []
+    for (env, algo, weights, settings, rate, against, seeds), by_measure in grouped.items():
+        final = by_measure["final"]
+        cells = [f"{percent(by_measure[name]['mean'], sign=True)} "
+                 f"{interval(by_measure[name]['low'], by_measure[name]['high'])}".strip() for name in MEASURES]
+        body.append([env, algo, ", ".join(filter(None, [weights, settings])), f"{rate:g}", against, seeds, cells[0],
+                     interval(final["student_low"], final["student_high"]) or "-",
+                     f"{final['above']} of {final['pairs']}", *cells[1:]])
+    head = ["env", "algo", "weights", "lr", "against", "paired seeds", "final [bootstrap]", "[Student]",
+            "seeds above", "peak", "decay", "area"]
+    return ["", *markdown(head, body)] if body else []
+
+
+def tuning_table(tuning: dict[tuple, dict]) -> list[str]:
+    """Markdown: the score of every learning rate on the tuning seeds, and the one that is used."""
+    rates = sorted({rate for cell in tuning.values() for rate in cell["scores"]})
+    head, body = ["env", "algo", "weights", *(f"{rate:g}" for rate in rates), "seeds", "chosen"], []
+    for cell, found in sorted(tuning.items()):
+        scores = (percent(found["scores"][rate]) if rate in found["scores"] else "-" for rate in rates)
+        body.append([*cell, *scores, found["seeds"], f"{found['chosen']:g}" if found["chosen"] else "-"])
+    return markdown(head, body) if body else []
+
+
+def latest(rows: Iterable[dict]) -> list[dict]:
+    """Of rows about the same thing the last one."""
+    return list({tuple(row[name] for name in KEY): row for row in rows}.values())
+
+
+def diagnosis_table(rows: Sequence[dict]) -> list[str]:
+    """Markdown: ρ of every signal at every class of tokens; ρ given the group's success; * where p < 0.05."""
+    grouped: dict[tuple, dict[tuple, dict]] = {}
+    for row in rows:
+        grouped.setdefault(tuple(row[name] for name in KEY[:5]), {})[row["signal"], row["tokens"]] = row
+    body = []
+    for key, found in sorted(grouped.items(), key=lambda item: (item[0][2], item[0][0], int(item[0][3]))):
+        model, digest, env, step, seed = key
+        for tokens in CLASSES:
+            first = found["energy", tokens]
+            cells = [f"{correlation(row['rho'], row['p'])} ({correlation(row['partial_rho'], row['partial_p'])})"
+                     for row in (found[signal, tokens] for signal in SIGNALS)]
+            success, share = (percent(float(first[name])) for name in ("mean_success", "action_fraction"))
+            groups = f"{first['groups']} x {first['group_size']}"
+            body.append([env, model, digest, step, seed, groups, success, share, tokens, *cells])
+    head = ["env", "model", "weights", "step", "seed", "groups x G", "mean success", "action tokens %", "tokens",
+            *SIGNALS]
+    return ["![ρ of action tokens against mean success](diagnosis.png)", "", *markdown(head, body)] if body else []
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def percent(value: float, sign: bool = False) -> str:
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def reached(row: dict) -> str:
+    """How many seeds came to 80 % of the ceiling, and in which step on average."""
+    seeds = len(row["seeds"].split())
+    return f"{row['reached_80']} of {seeds}" + (f", step {row['to_80']:.0f}" if row["reached_80"] else "")
+
+
+def correlation(rho: str, p: str) -> str:
+    """ρ, with a star where p < 0.05; a dash where nothing varies."""
+    return "-" if rho == "nan" else f"{float(rho):+.2f}" + "*" * (float(p) < 0.05)

@@ -1,0 +1,205 @@
+"""tables.py and report.py: the numbers of a learning curve, paired differences, and that results/ is up to date."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import experiments
+import plots
+import report
+import tables
+from config import BY_ENV, Config, departures
+from tables import Run, by_setting, difference_rows, is_pair, measures, paired_difference, read_table, setting_row
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def make_run(success, seed=0, failure="", digest="a", **settings):
+    """A run with these evaluations, ten steps apart."""
+    lines = [{"step": 10 * i, "success": s, "low": s, "high": s, "prompts": 4, "n": 8} for i, s in enumerate(success)]
+    config = Config(seed=seed, **settings)
+    about = {"model_sha256": digest, "commit": "c", "torch": "t"}
+    metrics = [{"seconds_rollout": 30.0, "seconds_update": 30.0, "success": s} for s in success[1:]]
+    return Run(f"frozenlake-{config.algo}-{config.weights}-seed{seed}", config, about, lines, metrics, failure)
+
+
+def test_the_measures_of_a_learning_curve_by_hand():
+    # area: (0.25 + 0.75) / 2 · 10 + (0.75 + 0.5) / 2 · 10 = 5 + 6.25 = 11.25, over 20 steps .5625
+    assert measures(make_run([0.25, 0.75, 0.5]), 0.9) == {
+        "before": 0.25, "final": 0.5, "peak": 0.75, "decay": 0.25, "area": pytest.approx(0.5625), "to_80": 10}
+    assert measures(make_run([0.25, 0.75, 0.5]), 1.0)["to_80"] is None  # .8 was never reached
+    assert measures(make_run([0.5]), 0.5)["area"] == 0.5 and measures(make_run([0.5]), 0.5)["to_80"] == 0
+
+
+def test_area_weighs_evaluations_by_the_steps_between_them():
+    run = make_run([0.0, 1.0, 1.0])
+    run.evaluations[2]["step"] = 40  # 5 over the first ten, 30 over the next thirty: 35 / 40
+    assert measures(run, 1.0)["area"] == pytest.approx(0.875)
+
+
+def test_the_paired_difference_of_a_known_case():
+    # Differences 0, 0, 1, 0, 0: bootstrap [0, .6] (see test_metrics), mean .2, one seed above.
+    # Student: std √(.8 / 4) = .4472, standard error .2, t₄ = 2.776
+    found = paired_difference([1, 2, 4, 4, 5], [1, 2, 3, 4, 5])
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.2, 0, 0.6))
+    assert (found["student_low"], found["student_high"]) == pytest.approx((0.2 - 0.5552, 0.2 + 0.5552), abs=1e-3)
+    assert (found["above"], found["pairs"]) == (1, 5)
+    one = paired_difference([0.75], [0.5])
+    assert one["mean"] == 0.25 and one["low"] is None and one["student_high"] is None
+
+
+def test_pairing_takes_out_what_seeds_have_in_common():
+    base = [0.1, 0.9, 0.4, 0.6, 0.2]
+    found = paired_difference([b + 0.05 for b in base], base)
+    assert found["low"] == pytest.approx(0.05) and found["high"] == pytest.approx(0.05)
+
+
+def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only():
+    focus = [make_run([0.2, 0.5 + 0.1 * seed], seed) for seed in range(3)]
+    uniform = [make_run([0.2, 0.4], seed, weights="uniform") for seed in range(3)]
+    assert is_pair(focus[0], uniform[0]) and is_pair(focus[0], make_run([1.0], learning_rate=2e-4, algo="ppo"))
+    for other in (make_run([0.2], 1), make_run([0.2], digest="b"), make_run([0.2], eval_prompts=64),
+                  make_run([0.2], max_steps=40), make_run([0.2], success_rate=0.5)):
+        assert not is_pair(focus[0], other)
+    stranger = replace(uniform[2], about={"model_sha256": "b"})
+    rows = difference_rows("main", zip(focus, [*uniform[:2], stranger], strict=True))
+    final = next(row for row in rows if row["measure"] == "final")
+    assert (final["seeds"], final["pairs"], final["against"]) == ("0 1", 2, "uniform")
+    assert final["mean"] == pytest.approx(0.15)  # (.1 + .2) / 2
+    assert [row["measure"] for row in rows] == list(tables.MEASURES)
+    assert difference_rows("main", [(focus[0], focus[0])]) == []
+
+
+def test_runs_are_pooled_only_where_all_but_the_seed_is_the_same():
+    runs = [make_run([0.2], 0), make_run([0.2], 1), make_run([0.2], 2, alpha=0.3), make_run([0.2], 3, digest="b"),
+            make_run([0.2], 4, learning_rate=2e-4), make_run([0.2], 5, max_steps=40)]
+    assert sorted(len(group) for group in by_setting(runs).values()) == [1, 1, 1, 1, 2]
+
+
+def test_a_row_of_a_setting_keeps_runs_that_broke_down(tmp_path):
+    small = dict(eval_prompts=4, eval_samples=2)
+    runs = [make_run([0.2, 0.9], 0, **small), make_run([0.2, 0.1], 1, "stopped: the gradient was not finite", **small)]
+    row = setting_row(runs, tmp_path / "floors.csv")
+    assert (row["seeds"], row["broke_down"], row["final"], row["decay"]) == ("0 1", 1, 0.5, pytest.approx(0.05))
+    assert row["reached_80"] == 1 and row["to_80"] == 10 and row["minutes"] == 1
+    assert row["final_low"] < 0 < 1 < row["final_high"]  # Student's, of .9 and .1: .5 ± 12.7 · .4
+    assert row["command"] == 'python experiments.py --run "frozenlake-grpo-actfocus-seed?"'
+    assert 0 <= row["floor"] < row["ceiling"] == 1
+    (floor, ceiling) = read_table(tmp_path / "floors.csv")
+    assert (floor["player"], ceiling["player"], floor["n"]) == ("random floor", "oracle ceiling", "8")
+    setting_row(runs, tmp_path / "floors.csv")
+    assert len(read_table(tmp_path / "floors.csv")) == 2  # played once
+    slippery = [make_run([0.2], success_rate=0.5, **small)]
+    assert setting_row(slippery, tmp_path / "floors.csv")["ceiling"] < 1
+    assert len(read_table(tmp_path / "floors.csv")) == 4
+
+
+def test_departures_are_settings_unlike_the_environments_own():
+    assert departures(Config(seed=3, output_dir="x", save_steps=1, max_turns=5)) == {}
+    assert departures(Config(alpha=0.3, max_steps=40)) == {"alpha": 0.3, "max_steps": 40}
+    assert departures(Config(weights="uniform", alpha=0.3, signal="entropy")) == {}  # which uniform weights do not read
+    assert departures(Config(env="sudoku", **BY_ENV["laptop"]["sudoku"])) == {} != departures(Config(env="sudoku"))
+    assert departures(Config(model="elsewhere/tiny")) == {} and departures(Config(model="a/b")) == {"model": "b"}
+
+
+def test_tables_stand_between_their_markers_and_other_text_stays():
+    page = "by hand\n<!-- one -->\nold\n<!-- /one -->\nby hand too\n<!-- two -->\n<!-- /two -->\n"
+    filled = report.fill(page, {"one": ["| a |", "| b |"], "two": []})
+    assert filled == ("by hand\n<!-- one -->\n\n| a |\n| b |\n\n<!-- /one -->\nby hand too\n"
+                      "<!-- two -->\n\n(none yet)\n\n<!-- /two -->\n")
+    assert report.fill(filled, {"one": ["| a |", "| b |"], "two": []}) == filled
+    for parts in ({"one": []}, {"one": [], "two": [], "three": []}):
+        with pytest.raises(ValueError, match="markers"):
+            report.fill(page, parts)
+    with pytest.raises(ValueError, match="marker two must be closed"):
+        report.fill(page.replace("<!-- /two -->", ""), {"one": [], "two": []})
+
+
+def diagnosis_rows(step, rho, model="run"):
+    about = {"model": model, "model_sha256": f"d{step}", "env": "frozenlake", "step": str(step), "seed": "0",
+             "groups": "256", "group_size": "16", "mean_success": str(0.3 + step / 100), "action_fraction": "0.05"}
+    return [{**about, "signal": signal, "tokens": tokens, "rho": str(rho), "p": "0.001", "partial_rho": "nan",
+             "partial_p": "nan"} for signal in report.SIGNALS for tokens in report.CLASSES]
+
+
+def test_the_diagnosis_is_a_row_a_checkpoint_and_class_the_last_one_counts(tmp_path):
+    rows = report.latest([*diagnosis_rows(10, 0.5), *diagnosis_rows(0, -0.2), *diagnosis_rows(10, 0.25)])
+    lines = report.diagnosis_table(rows)
+    assert len(lines) == 2 + 2 + 2 * 3
+    cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
+    assert cells[:10] == ["frozenlake", "run", "d0", "0", "0", "256 x 16", "30.0", "5.0", "action", "-0.20* (-)"]
+    assert "+0.25* (-)" in lines[7] and "+0.50" not in "".join(lines)
+    assert report.plots.diagnosis(rows, tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """results/ with everything made of runs written once more, from a copy without what can be made."""
+    made = tmp_path_factory.mktemp("again") / "results"
+    made.mkdir()
+    shutil.copytree(RESULTS / "runs", made / "runs")
+    for name in ("README.md", "floors.csv", "diagnosis.csv"):
+        if (RESULTS / name).exists():
+            shutil.copy(RESULTS / name, made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "RESULTS", made)
+        experiments.write_report()
+    return made
+
+
+@pytest.mark.parametrize("name", ["README.md", "runs.csv", "settings.csv", "evaluations.csv", "differences.csv",
+                                  "floors.csv"])
+def test_the_committed_tables_are_what_the_report_writes(again, name):
+    assert (again / name).read_text() == (RESULTS / name).read_text()
+
+
+def test_every_committed_run_has_a_row_with_seed_steps_n_interval_floor_and_provenance(again):
+    rows = {row["run"]: row for row in read_table(again / "runs.csv")}
+    assert rows.keys() == {folder.name for folder in (RESULTS / "runs").iterdir()}
+    for row in rows.values():
+        for name in ("seed", "steps", "n", "final", "final_low", "final_high", "floor", "ceiling", "commit", "torch",
+                     "python", "transformers", "machine", "threads", "command"):
+            assert row[name] != "", name
+    seeds = sum(len(row["seeds"].split()) for row in read_table(again / "settings.csv") if row["grid"] == "main")
+    assert seeds == sum(run in {experiments.name_of(r) for r in experiments.grids()["main"].runs} for run in rows)
+
+
+def test_the_figures_are_drawn(again):
+    for name in ("learning.png", "differences.png"):
+        assert (again / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_no_grid_is_under_other(again, tmp_path):
+    made = tmp_path / "results"
+    shutil.copytree(again, made)
+    name = "frozenlake-grpo-actfocus-seed0"
+    shutil.copytree(made / "runs" / name, made / "runs" / "by-hand")
+    about = json.loads((made / "runs" / "by-hand" / "config.json").read_text())
+    about["config"]["gamma"] = 0.5
+    (made / "runs" / "by-hand" / "config.json").write_text(json.dumps(about))
+    report.write(made, {"main": [(name, None)], "tune": []}, {})
+    other = (made / "README.md").read_text().split("<!-- other -->")[1].split("<!-- /other -->")[0]
+    assert "gamma 0.5" in other and "by-hand" in other
+
+
+def test_learning_curves_pool_seeds_and_never_settings(tmp_path, monkeypatch):
+    drawn = []
+
+    def curve(ax, members, label, colour):
+        drawn.append((label, len(members), colour))
+        ax.plot([], label=label)
+        return "a note"
+
+    monkeypatch.setattr(plots, "_curve", curve)
+    settings = [{"seed": 0}, {"seed": 1}, {"alpha": 0.3}, {"weights": "uniform"}, {"weights": "uniform", "seed": 1},
+                {"env": "sokoban", "learning_rate": 2e-4}, {"env": "sokoban", "weights": "uniform"}]
+    for i, setting in enumerate(settings):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"config": setting}))
+    plots.learning_curves(sorted(tmp_path.iterdir()), tmp_path / "curves.png")
+    blue, red, green = plots.COLOURS[:3]
+    assert drawn == [("actfocus", 2, blue), ("actfocus, alpha 0.3", 1, red), ("uniform", 2, green),
+                     ("actfocus", 1, blue), ("uniform", 1, green)]  # a rate of its own, shared by all its seeds: none
