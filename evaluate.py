@@ -38,7 +38,7 @@ from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
 from methods import METHODS, env_options, make_episodes
 from metrics import describe, mean_interval
-from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
+from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, pick_device, precision, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
 from train import build_state, evaluate_player, evaluate_policy, score_batch
 
@@ -79,7 +79,8 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
 
 def report(config: Config, folder: Path) -> None:
     """Success on the evaluation levels beside what chance and the solver reach there."""
-    result, _ = evaluate_policy(config, load_model(str(folder)), load_tokenizer(str(folder)))
+    policy = load_model(str(folder), pick_device(config.device))
+    result, _ = evaluate_policy(config, policy, load_tokenizer(str(folder)))
     options = ", ".join(f"{name} {value}" for name, value in env_options(config).items())
     print(f"{config.env}, temperature {config.eval_temperature}, {options}, {folder}")
     floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
@@ -138,14 +139,15 @@ def result_rows(runs: Sequence[Path]) -> list[str]:
 
 def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Trajectory], Batch, Tensor]:
     """Rollouts of the model in `folder` on evaluation levels, with the reference's energies and (B, T) entropies."""
-    policy, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    device, tokenizer = pick_device(config.device), load_tokenizer(str(folder))
+    policy, reference = (load_model(name, device) for name in (str(folder), config.model))
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for first in range(0, prompts, 16):
         levels = range(first, min(first + 16, prompts))
         rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
                         config.temperature, config.max_response_tokens, config.max_context)
     batch = Batch.of(rows)
-    scores = score_batch(load_model(config.model), batch, config)
+    scores = score_batch(reference, batch, config)
     batch.energy = scores.energy
     return rows, batch, scores.entropy
 
