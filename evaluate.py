@@ -38,7 +38,7 @@ from energy import action_bottleneck, group_means
 from envs import ENVS, oracle_player, random_player
 from methods import METHODS, env_options, make_episodes
 from metrics import describe, mean_interval
-from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, pick_device, precision, turn_text
+from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, pick_device, turn_text
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
 from train import build_state, evaluate_player, evaluate_policy, score_batch
 

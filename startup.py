@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoint
-import parallel
 import smollm2
 import warmstart
 from actfocus import classify_tokens
@@ -57,17 +55,6 @@ def source_model(config: Config) -> str:
 def cache_folder(config: Config) -> Path:
     """Where models are kept that were made on this machine."""
     return Path(config.cache_dir or Path.home() / ".cache" / "actfocus")
-
-
-def prepare(config: Config, path: Path | None) -> State:
-    """What a run starts from, or resumes from."""
-    if config.num_prompts % parallel.ranks():
-        raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
-    print(memory_line(config, config.model))
-    state = build_state(config)
-    if path:
-        checkpoint.restore(state, path)
-    return state
 
 
 def build_state(config: Config) -> State:

@@ -32,7 +32,7 @@ from baselines import kl_estimate, value_loss
 from checkpoint import State
 from config import Config, parse
 from envs import oracle_player, play, random_player
-from memory import EVALUATED, advice, is_out_of_memory
+from memory import EVALUATED, advice, is_out_of_memory, memory_line
 from methods import METHODS, all_ranks, build_env, make_episodes, noise
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
@@ -43,7 +43,7 @@ from policy import (
     trainable,
 )
 from rollout import Batch, PromptTooLong, Trajectory, rollout
-from startup import dry_run, prepare, start_model
+from startup import build_state, dry_run, start_model
 
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
 
@@ -226,6 +226,17 @@ def evaluate_player(config: Config, player) -> dict:
     """The same levels and budgets for a scripted player: the random floor, the oracle's ceiling."""
     per_replica = [play(build_env(config), player, range(config.eval_prompts), i) for i in range(config.eval_samples)]
     return summary([episode for level in zip(*per_replica, strict=True) for episode in level], config.eval_samples)
+
+
+def prepare(config: Config, path: Path | None) -> State:
+    """What a run starts from, or resumes from."""
+    if config.num_prompts % parallel.ranks():
+        raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
+    print(memory_line(config, config.model))
+    state = build_state(config)
+    if path:
+        checkpoint.restore(state, path)
+    return state
 
 
 def open_run(config: Config, state: State, path: Path | None) -> Path:
