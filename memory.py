@@ -17,7 +17,7 @@ from config import CRITIC, Config
 from lora import add_lora
 from policy import CHUNK, LOGITS, load_config, trainable
 
-COPIES = 6  # of a chunk's logits that exist at one time in its backward pass
+COPIES = 6  # of a chunk's logits at one time in its backward pass; measured
 EVALUATED = 256  # rollouts of an evaluation that share a cache
 
 

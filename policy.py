@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -88,6 +89,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise ValueError(f"cannot use the tokenizer of {name!r}: it has no tokenizer.json, which tells a token's text")
+    if len(tokenizer) > (known := load_config(name).get_text_config().vocab_size):
+        raise ValueError(f"cannot load model {name!r}: its tokenizer has {len(tokenizer)} tokens, the model {known}")
     return tokenizer
 
 
@@ -149,7 +152,7 @@ def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> 
     if tokenizer.chat_template is None:
         return f"{system}\n{user}\n"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _render(tokenizer, messages)
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
@@ -159,11 +162,17 @@ def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
     answer = "<think>so</think><answer>it</answer>"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
                 {"role": "assistant", "content": answer}, {"role": "user", "content": user}]
-    before = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) + answer
-    after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = _render(tokenizer, messages[:2]) + answer, _render(tokenizer, messages)
     if not after.startswith(before):
         raise ValueError("the chat template rewrites earlier turns: the tokens sampled could not be the ones trained")
     return after[len(before) :]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # it is wrong, or has no system turn
+        raise ValueError(f"the chat template cannot be followed: {_one_line(error)}") from None
 
 
 def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, temperature: float = 1.0) -> TokenScores:

@@ -62,8 +62,6 @@ def build_state(config: Config) -> State:
     device, tokenizer = pick_device(config.device), load_tokenizer(config.model)
     check_prompts(config, tokenizer)
     policy = load_model(config.model, device)
-    if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-        raise ValueError(f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens, more than the model")
     set_up_learning(config, policy)
     reference = AdapterOff(policy) if config.lora_rank else load_model(config.model, device).requires_grad_(False)
     critic = build_critic(config, device) if config.algo in CRITIC else None
