@@ -7,6 +7,7 @@
 
 import hashlib
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -103,8 +104,10 @@ def dry_run(config: Config) -> None:
     tokenizer = load_tokenizer(name)
     check_prompts(config, tokenizer)
     print(memory_line(config, name))
-    print("the first level, ·token·token·, ⟦action tokens⟧; everything else of a response is reasoning")
-    for text, is_response in warmstart.transcript(config.env, 0, 1.0, tokenizer, env_options(config)):
+    print("a level of several turns: ·token·token·, ⟦action token⟧; everything else of a response is reasoning")
+    options = 1.0, tokenizer, env_options(config), config.prompt_style
+    played = (warmstart.transcript(config.env, level, *options) for level in count())
+    for text, is_response in next(parts for parts in played if len(parts) > 2):
         ids = tokenizer.encode(text, add_special_tokens=False)
         pieces = token_pieces(tokenizer, ids)
         if not is_response:

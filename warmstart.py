@@ -129,7 +129,8 @@ FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts, "sudoku": _
 
 
 def transcript(
-    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None,
+    style: str = "brief",
 ) -> list[tuple[str, bool]]:
     """One episode of a player whose moves are optimal with probability `skill`: (text, is it a response) in order.
 
@@ -138,7 +139,7 @@ def transcript(
     """
     rng = np.random.default_rng([seed, 2])
     env = make_env(game, **(GAMES[game] if options is None else options))
-    episode = Episode(env, seed, style="brief")
+    episode = Episode(env, seed, style=style)
     if game in ("frozenlake", "sokoban"):
         _wander(episode, rng)
     parts = [(opening_text(tokenizer, episode.system(), episode.user()), False)]

@@ -161,6 +161,14 @@ def test_a_dry_run_uses_the_chat_template(tiny, tmp_path, capsys):
     assert "\n[system]" in out and "[assistant]\n--- response" in out and "\n[user]" in out
 
 
+def test_a_dry_run_shows_the_prompt_in_the_runs_own_style(tiny, capsys):
+    lengths = []
+    for style in ("brief", "paper"):
+        assert train.main([*flags(model=tiny, prompt_style=style, max_context=4096), "--dry_run"]) == 0
+        lengths.append(int(re.search(r"prompt or observation, (\d+) tokens", capsys.readouterr().out)[1]))
+    assert lengths[1] > 1.5 * lengths[0]
+
+
 PAPER = {  # §5.1: 200 iterations of 8 × 16, mini-batches of 32; WebShop 100 of 16 × 8
     "max_steps": 200, "num_prompts": 8, "num_generations": 16, "mini_batch_size": 32, "learning_rate": 1e-6,
     "critic_learning_rate": 1e-5, "clip_low": 0.2, "clip_high": 0.28, "gamma": 1.0, "lam": 1.0, "entropy_coef": 0.001,
