@@ -154,7 +154,8 @@ def test_a_dry_run_shows_settings_prompt_and_classes_and_writes_nothing(
 
 def test_a_dry_run_uses_the_chat_template(tiny, tmp_path, capsys):
     shutil.copytree(tiny, tmp_path / "model")
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{{ '[assistant]' if add_generation_prompt }}"
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     assert train.main([*flags(model=tmp_path / "model"), "--dry_run"]) == 0
     out = capsys.readouterr().out
