@@ -99,7 +99,7 @@ def played(folder):
 @needs_wheel
 def test_rollout_and_training_log_probs_agree(played):
     gaps = {dtype: gap for dtype, (gap, _) in played[1].items()}
-    assert gaps["float32"] < 1e-4 < gaps["bfloat16"] < 0.3
+    assert gaps["float32"] < 1e-4 < gaps["bfloat16"] < 0.5
 
 
 @needs_wheel
@@ -111,7 +111,7 @@ def test_a_padded_batch_equals_its_single_rows(played):
         for row, n in enumerate(batch.lengths.tolist()):
             one = score_tokens(model, batch.tokens[row : row + 1, :n], batch.is_response[row : row + 1, :n])
             for column, single in zip(whole, one, strict=True):
-                torch.testing.assert_close(column[row, :n], single[0], atol=1e-3, rtol=1e-5)
+                torch.testing.assert_close(column[row, :n], single[0], atol=1e-4, rtol=1e-5)
 
 
 @needs_wheel
