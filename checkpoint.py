@@ -2,9 +2,10 @@
 
     config.json  metrics.jsonl  eval.jsonl  samples/  plots/  checkpoint-N/
 
-A checkpoint is an ordinary model folder for `from_pretrained`, with optimiser, critic and generator beside it in
-`trainer_state.pt` (plain tensors and numbers, read with weights_only=True). It is written to a temporary folder,
-flushed and renamed, so a folder called checkpoint-N is always whole. Lines of later steps are cut when a run resumes.
+A checkpoint is an ordinary model folder for `from_pretrained`, with optimiser, critic, generator and LoRA's matrices
+beside it in `trainer_state.pt` (plain tensors and numbers, read with weights_only=True). It is written to a temporary
+folder, flushed and renamed, so a folder called checkpoint-N is always whole. Lines of later steps are cut when a run
+resumes.
 """
 
 import hashlib
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import parallel
+from lora import AdapterOff, merged_weights
 from policy import Critic, load_model
 
 STATE = "trainer_state.pt"
@@ -33,7 +36,7 @@ class State:
     """What changes while a run goes on."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel
+    reference: PreTrainedModel | AdapterOff
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
@@ -44,7 +47,7 @@ class State:
     bad_steps: int = 0  # how many of them in a row
 
 
-def new_run(config: dict) -> Path:
+def new_run(config: dict, device: str = "cpu") -> Path:
     """A run folder with its config.json, by default a new one under runs/; nothing that exists is written over."""
     if config["output_dir"]:
         run = Path(config["output_dir"])
@@ -58,15 +61,15 @@ def new_run(config: dict) -> Path:
             (run / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
-    about = {"config": config, **provenance(Path(config["model"]))}
+    about = {"config": config, **provenance(Path(config["model"]), device)}
     (run / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return run
 
 
-def provenance(model: Path) -> dict:
+def provenance(model: Path, device: str = "cpu") -> dict:
     """What a result depends on beside its settings: code, versions, hardware, and the weights that it starts from."""
     return {"commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "device": "cpu", "threads": torch.get_num_threads(),
+            "transformers": transformers.__version__, "device": device, "threads": torch.get_num_threads(),
             "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
             "ranks": parallel.ranks() if parallel.running() else None, "model_sha256": weights_digest(model)}
 
@@ -109,7 +112,7 @@ def save_checkpoint(
         raise FloatingPointError(f"refusing to save NaN or infinite weights at step {step}")
     final, temporary = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=merged_weights(model) if "adapter" in state else None)
     tokenizer.save_pretrained(temporary)
     torch.save(state, temporary / STATE)
     for path in [*temporary.iterdir(), temporary]:
@@ -124,6 +127,8 @@ def save(state: State, run: Path) -> None:
     """A checkpoint of everything that changes; levels need no generator, they follow from the step."""
     parts = {"optimizer": state.optimizer.state_dict(), "generator": state.generator.get_state(), "step": state.step,
              "skipped": state.skipped, "bad_steps": state.bad_steps}
+    if isinstance(state.reference, AdapterOff):
+        parts["adapter"] = _adapter(state.policy)
     if state.critic:
         parts |= {"critic": state.critic.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict()}
     save_checkpoint(run, state.step, state.policy, state.tokenizer, parts)
@@ -131,14 +136,23 @@ def save(state: State, run: Path) -> None:
 
 def restore(state: State, path: Path) -> None:
     """Bring `state` to what it was when the checkpoint was written."""
-    saved = torch.load(path / STATE, weights_only=True)
-    state.policy.load_state_dict(load_model(str(path)).state_dict())
+    saved = torch.load(path / STATE, weights_only=True, map_location="cpu")
+    if "adapter" in saved:
+        for name, weight in _adapter(state.policy).items():
+            weight.copy_(saved["adapter"][name])
+    else:
+        state.policy.load_state_dict(load_model(str(path)).state_dict())
     state.optimizer.load_state_dict(saved["optimizer"])
     state.generator.set_state(saved["generator"])
     state.step, state.skipped, state.bad_steps = saved["step"], saved["skipped"], saved["bad_steps"]
     if state.critic:
         state.critic.load_state_dict(saved["critic"])
         state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+
+
+def _adapter(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """LoRA's A and B, which are all that learns."""
+    return {name: weight.detach() for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -38,6 +38,10 @@ class Config:
 
     model: str = str(TINY)  # folder or hub name of policy, reference and critic; paper: Qwen2.5-Instruct
     dtype: str = one_of("float32", "bfloat16", default="float32")  # of matrix products; weights stay float32; ours
+    device: str = "auto"  # of the models: cpu, cuda, cuda:1, mps, …; auto is a GPU where there is one; ours
+    num_threads: int = within(0, HUGE, 0)  # of torch on the CPU, 0: its own choice; ours
+    gradient_checkpointing: bool = False  # layers are run again in backward instead of kept; ours
+    lora_rank: int = within(0, HUGE, 0)  # of the matrices that learn instead of all weights, 0: all weights; ours
     cache_dir: str = ""  # converted and warm-started models; ours, by default ~/.cache/actfocus
     warmstart_steps: int = within(0, HUGE, 0)  # supervised steps on scripted players before training; ours
     warmstart_learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of those; ours
@@ -97,6 +101,7 @@ class Config:
     eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/
+    dry_run: bool = False  # show settings, memory, first prompt and token classes instead of training; ours
 
     @property
     def alpha_beta(self) -> tuple[float, float]:
@@ -126,7 +131,11 @@ BY_MODEL = {  # what fits a model on two cores; ours
                     mini_batch_size=16, max_steps=20, eval_prompts=16, eval_samples=4, max_response_tokens=64,
                     micro_batch_tokens=4096),
 }
-EXTENDABLE = {"max_steps", "eval_steps", "save_steps"}  # may differ when a run resumes
+BENCH = {  # a bench of minutes on one core; 48 tokens are what a response has after a warm start
+    "smollm2": dict(warmstart_steps=0, num_prompts=1, mini_batch_size=8, max_response_tokens=48),
+}
+EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
+              "gradient_checkpointing", "dry_run"}  # may differ when a run resumes; none changes what is computed
 
 PRESETS = {
     "laptop": {},
@@ -167,10 +176,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(description: str) -> Parser:
-    """A flag per field of `Config`; only flags that were given reach the namespace."""
+    """A flag per field of `Config`; only flags that were given reach the namespace. --flag alone is --flag true."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, help=f"default {f.default!r}")
+        kind = dict(type=_boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", help=f"default {f.default!r}", **kind)
     return parser
 
 

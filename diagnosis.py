@@ -25,7 +25,7 @@ from actfocus import token_weights
 from config import Config
 from energy import SIGNALS, action_bottleneck, group_means, partial_spearman
 from methods import make_episodes, rollout_settings
-from policy import load_model, load_tokenizer
+from policy import load_model, load_tokenizer, pick_device
 from rollout import Batch, Trajectory, rollout
 from train import score_batch
 
@@ -39,16 +39,16 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
     The policy's log-probs are computed as the reference's are, so that a policy that is the reference has a shift of
     exactly 0; those of the rollout differ in the last bits, and ranks would take that for a signal.
     """
-    policy, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    device, tokenizer = pick_device(config.device), load_tokenizer(str(folder))
+    policy, reference = (load_model(name, device) for name in (str(folder), config.model))
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for first in range(0, prompts, 16):
         levels = range(first, min(first + 16, prompts))
         rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
                         *rollout_settings(config))
     batch = Batch.of(rows)
-    reference = score_batch(load_model(config.model), batch, config)
-    old_logp = score_batch(policy, batch, config).logp
-    return rows, batch, {name: weight_signal(name, reference, old_logp) for name in SIGNALS}
+    scores, old_logp = score_batch(reference, batch, config), score_batch(policy, batch, config).logp
+    return rows, batch, {name: weight_signal(name, scores, old_logp) for name in SIGNALS}
 
 
 def correlations(

@@ -7,45 +7,38 @@
     python evaluate.py --plot runs/A runs/B         # learning curves and gradient mass of several runs, and a table
     python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
     python evaluate.py --bench                      # how fast, as ratios measured in one run
+    python evaluate.py --bench --model smollm2      # the same with 135 M parameters, and the memory of an update
 
 A folder of a run brings its own settings; every flag of train.py overrides them.
 P prompts, G rollouts each, B = P·G rows, T tokens.
 """
 
-import ctypes
-import gc
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import transformers
 
 import checkpoint
 import diagnosis
 import tables
-import train
 import viewer
-from actfocus import answer_span
-from checkpoint import State
-from config import ALGO_SETTINGS, BY_ENV, Config, config_parser
+from bench import bench
+from config import BENCH, BY_ENV, BY_MODEL, Config, config_parser
 from envs import ENVS, oracle_player, random_player
-from methods import METHODS, env_options, make_episodes
+from methods import env_options
 from metrics import describe
-from policy import TINY, load_model, load_tokenizer, micro_batches, opening_text, turn_text
-from rollout import Batch, Engine, rollout, token_pieces
-from train import build_state, evaluate_player, evaluate_policy
-
-ROUNDS = 3  # of the bench
+from policy import TINY, load_model, load_tokenizer, pick_device
+from rollout import token_pieces
+from startup import start_model
+from train import evaluate_player, evaluate_policy
 
 
 def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     """What to do, the settings, and the model folder to look at."""
     parser = config_parser(__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default=str(TINY), help="run, checkpoint or model folder")
+    parser.add_argument("folder", nargs="?", help="run, checkpoint, model folder or hub name; by default --model")
     for name in ("show_tokens", "bottleneck", "bench", "floors"):
         parser.add_argument(f"--{name}", action="store_true", default=False)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
@@ -54,9 +47,11 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
     names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv")
-    todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder")
+    todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder", given.get("model", str(TINY)))
     if todo["csv"] and not (todo["bottleneck"] and todo["csv"].parent.is_dir()):
         raise ValueError(f"--csv {todo['csv']}: goes with --bottleneck, and its folder must exist")
+    if todo["bench"]:
+        given = {**BENCH.get(given.get("model"), {}), **given}
     if todo["beside"]:
         if not todo["html"]:
             raise ValueError("--beside: needs --html PAGE, the page to write")
@@ -71,14 +66,17 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
         folder = checkpoint.find_checkpoint(folder)
         given = {**checkpoint.read_config(run), **given}
     else:
-        env = given.get("env", Config.env)
-        given = {"model": str(folder), **BY_ENV["laptop"].get(env, {}), **given}
+        name, env = given.get("model", str(folder)), given.get("env", Config.env)
+        given = {**BY_ENV["laptop"].get(env, {}), **BY_MODEL.get(name, {}), **given, "model": name}
+        started = start_model(Config(**given))
+        given, folder = {**given, "model": started}, Path(started) if str(folder) == name else folder
     return Config(**given), folder
 
 
 def report(config: Config, folder: Path) -> None:
     """Success on the evaluation levels beside what chance and the solver reach there."""
-    result, _ = evaluate_policy(config, load_model(str(folder)), load_tokenizer(str(folder)))
+    policy = load_model(str(folder), pick_device(config.device))
+    result, _ = evaluate_policy(config, policy, load_tokenizer(str(folder)))
     options = ", ".join(f"{name} {value}" for name, value in env_options(config).items())
     print(f"{config.env}, temperature {config.eval_temperature}, {options}, {folder}")
     floor, ceiling = (evaluate_player(config, player) for player in (random_player, oracle_player))
@@ -128,120 +126,6 @@ def _paint(kind: str, weight: float, beta: float, text: str) -> str:
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
-def bench(config: Config) -> None:
-    """Ratios of whole parts of the loop to bare work of the model, measured in turn in this process, on one thread."""
-    torch.set_num_threads(1)  # as in the runs of results/; a pool of threads would be timed as well
-    state = build_state(config)
-    print(f"{config.env}, {config.model}, {config.num_prompts} x {config.num_generations} trajectories, "
-          f"1 thread; median [least, most] of {ROUNDS} rounds")
-    _time_rollout(config, state, ROUNDS)  # to warm up
-    for style, wanted in (("brief", 2), ("paper", 3)):
-        styled = replace(config, prompt_style=style, max_context=4096)
-        ours, bare, loop = zip(*(_time_rollout(styled, state, i) for i in range(ROUNDS)), strict=True)
-        print(f"rollout / its bare forward passes, {style} prompts: {_ratio(ours, bare)} (wanted: at most 1.25)")
-        print(f"generate loop / rollout, per sampled token, {style} prompts: {_ratio(loop, ours)} (at least {wanted})")
-    _, batch = train.iteration(config, state, 0)
-    works = (lambda: train.update(config, state, batch), lambda: _bare_update(config, state, batch))
-    ours, bare = zip(*([_timed(work) for work in works] for _ in range(ROUNDS)), strict=True)
-    print(f"update / bare forward and backward, same tokens unpadded: {_ratio(ours, bare)} (at most 1.25)")
-    steps = [[_step(replace(config, weights=w), state) for w in ("actfocus", "uniform")] for _ in range(ROUNDS)]
-    for name, i in (("time", 0), ("peak memory", 1)):
-        focus, uniform = zip(*([step[i] for step in pair] for pair in steps), strict=True)
-        print(f"step with ActFocus / step with uniform, {name}: {_ratio(focus, uniform)} (at most 1.01 beyond noise)")
-    print(f"share of a step that the reference pass takes: {statistics.median(step[0][2] for step in steps):.2f}")
-    for algo in METHODS:
-        rival = replace(config, algo=algo, weights="uniform", **ALGO_SETTINGS.get(algo, {}))
-        state = build_state(rival)
-        ratio = _ratio([_step(rival, state)[0] for _ in range(ROUNDS)], [pair[1][0] for pair in steps])
-        print(f"step of {algo} / step of grpo, both uniform: {ratio}")
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
-    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-
-
-class _Recorder(Engine):
-    """Keeps what every forward pass was called with."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.calls = []
-
-    def forward(self, pending, start, seen):
-        self.calls.append(([list(ids) for ids in pending], start, list(seen)))
-        return super().forward(pending, start, seen)
-
-
-def _time_rollout(config: Config, state: State, number: int) -> tuple[float, float, float]:
-    """Seconds a sampled token: our rollout, its forward passes alone, the generate loop."""
-    levels = range(10_000 * (number + 1), 10_000 * (number + 1) + config.num_prompts)
-    engine, episodes, rows = _Recorder(state.policy), make_episodes(config, levels, config.num_generations), []
-    settings = config.temperature, config.max_response_tokens, config.max_context, engine
-    ours = _timed(lambda: rows.extend(rollout(state.policy, state.tokenizer, episodes, state.generator, *settings)))
-    with torch.no_grad():
-        bare = _timed(lambda: [Engine.forward(engine, *call) for call in engine.calls])
-    episodes, count = make_episodes(config, levels, config.num_generations), []
-    loop = _timed(lambda: count.append(_generate_loop(config, state, episodes)))
-    tokens = sum(sum(row.is_response) for row in rows)
-    return ours / tokens, bare / tokens, loop / count[0]
-
-
-@torch.no_grad()
-def _generate_loop(config: Config, state: State, episodes: list) -> int:
-    """The usual way: one `generate` a turn over the whole history, left-padded. Returns the sampled tokens."""
-    tokenizer, stop = state.tokenizer, state.tokenizer.convert_tokens_to_ids("</answer>")
-    histories = [tokenizer.encode(opening_text(tokenizer, e.system(), e.user())) for e in episodes]
-    live, count = list(range(len(episodes))), 0
-    while live:
-        width = max(len(histories[i]) for i in live)
-        tokens = torch.tensor([[0] * (width - len(histories[i])) + histories[i] for i in live])
-        mask = torch.tensor([[0] * (width - len(histories[i])) + [1] * len(histories[i]) for i in live])
-        out = state.policy.generate(
-            tokens, attention_mask=mask, do_sample=True, temperature=config.temperature, top_k=0, pad_token_id=0,
-            max_new_tokens=config.max_response_tokens, eos_token_id=[stop, tokenizer.eos_token_id],
-        )[:, width:].tolist()
-        for i, response in zip(list(live), out, strict=True):
-            ends = [t for t, token in enumerate(response) if token in (stop, tokenizer.eos_token_id)]
-            response = response[: ends[0] + 1] if ends else response
-            count += len(response)
-            text = tokenizer.decode(response)
-            span = answer_span(text)
-            message = episodes[i].act(text[slice(*span)] if span else None)
-            if message is None:
-                live.remove(i)
-            else:
-                histories[i] += response + tokenizer.encode(turn_text(tokenizer, message), add_special_tokens=False)
-    return count
-
-
-def _bare_update(config: Config, state: State, batch: Batch) -> None:
-    """Forward and backward of transformers' own loss on the batch's tokens, cut into full rows of their mean length."""
-    length = int(batch.lengths.float().mean())
-    stream = torch.cat([row[:n] for row, n in zip(batch.tokens, batch.lengths, strict=True)])
-    rows = stream[: len(stream) // length * length].view(-1, length)
-    for part in micro_batches([length] * len(rows), config.micro_batch_tokens):
-        state.policy(input_ids=rows[part], labels=rows[part], use_cache=False).loss.backward()
-    state.optimizer.zero_grad()
-
-
-def _step(config: Config, state: State) -> tuple[float, float, float]:
-    """One iteration from the same weights, levels and noise: seconds, peak memory, share of the reference pass."""
-    state.policy.load_state_dict(state.reference.state_dict())
-    state.generator.manual_seed(0)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc: what earlier steps left free is not this one's
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    metrics = []
-    seconds = _timed(lambda: metrics.append(train.iteration(config, state, 0)[0]))
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return seconds, peak, metrics[0]["seconds_reference"] / seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -251,10 +251,10 @@ METHODS = {
 def critic_values(config: Config, state: State, batch: Batch) -> Tensor:
     """(B, T): V before every response token, without gradient."""
     values = torch.zeros(batch.tokens.shape)
-    with torch.no_grad(), precision(config.dtype):
+    with torch.no_grad(), precision(config.dtype, state.policy.device):
         for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-            part = batch.take(rows)
-            values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response)
+            part = batch.take(rows, state.policy.device)
+            values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response).cpu()
     parallel.add_up([values])
     return values
 

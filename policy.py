@@ -10,19 +10,30 @@ Rows are padded on the right, so causal attention needs no padding mask and posi
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from energy import token_energy, token_entropy
 
-CHUNK = 2048  # response tokens whose logits exist at one time
+CHUNK, LOGITS = 2048, 2**24  # response tokens whose logits exist at one time, and how many numbers these may be
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -47,46 +58,93 @@ class Critic(nn.Module):
     def forward(self, tokens: Tensor, is_response: Tensor) -> Tensor:
         """(B, T) values, 0 outside the response."""
         hidden = _hidden_before(self.body, tokens, is_response)  # (N, d)
-        return _spread(self.head(hidden).squeeze(-1), is_response)
+        return _spread(self.head(hidden).squeeze(-1).float(), is_response)
 
 
-def load_model(name: str) -> PreTrainedModel:
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU where torch sees one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: torch cannot compute there ({_one_line(error)})") from None
+    return device
+
+
+def load_model(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal language model from a folder or a hub name, float32, dropout off."""
-    model = _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+    model, found = _load(AutoModelForCausalLM, name, dtype=torch.float32, output_loading_info=True)
+    if strange := {*found["missing_keys"], *found["unexpected_keys"]}:
+        raise ValueError(f"cannot load model {name!r}: its weights are not those of its config.json, "
+                         f"{len(strange)} are missing or unknown, {min(strange)} for one")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"cannot load model {name!r}: it has weights that are not finite")
-    return model
+    return model.eval().to(device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model."""
-    return _load(AutoTokenizer, name)
+    tokenizer = _load(AutoTokenizer, name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"cannot use the tokenizer of {name!r}: it has no tokenizer.json, which tells a token's text")
+    if len(tokenizer) > (known := load_config(name).get_text_config().vocab_size):
+        raise ValueError(f"cannot load model {name!r}: its tokenizer has {len(tokenizer)} tokens, the model {known}")
+    return tokenizer
 
 
-def load_critic(name: str) -> Critic:
+def load_critic(name: str, device: torch.device | str = "cpu") -> Critic:
     """A critic whose body is a copy of the language model `name`."""
-    return Critic(load_model(name).base_model)
+    return Critic(load_model(name, device).base_model).to(device)
 
 
-def precision(dtype: str, device: str = "cpu") -> torch.autocast:
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's shape, without its weights."""
+    return _load(AutoConfig, name)
+
+
+def precision(dtype: str, device: torch.device) -> torch.autocast | nullcontext:
     """Where matrix products are rounded to `dtype`; weights, softmax and everything after it stay float32.
 
     Careful: a context keeps rounded copies of the weights, so none may span an optimiser step.
     """
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: backward finds only the input of every layer, and runs the layer again."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(_run_layer, layer.forward)
+
+
+def _run_layer(forward: Callable, *args, **kwargs):
+    if not torch.is_grad_enabled():  # a rollout, which needs no gradient but its cache
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that learn; with LoRA few, else all."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def _load(cls: type, name: str, **options):
     """`from_pretrained`, with one clear line where folder, name or network is missing."""
     if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/")) or name.count("/") > 1):
         raise ValueError(f"cannot load model {name!r}: there is no such folder")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one clear line
+    for library in ("huggingface_hub", "transformers"):  # their retries and tables would bury the one clear line
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         return cls.from_pretrained(name, **options)
     except Exception as error:  # a broken file shows as one of many: safetensors', json's, torch's, the hub's
         kind = "folder" if Path(name).is_dir() else "hub name, which needs a network"
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load model {name!r} ({kind}): {reason}") from None
+        raise ValueError(f"cannot load model {name!r} ({kind}): {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> str:
@@ -94,7 +152,7 @@ def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> 
     if tokenizer.chat_template is None:
         return f"{system}\n{user}\n"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _render(tokenizer, messages)
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
@@ -104,11 +162,17 @@ def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
     answer = "<think>so</think><answer>it</answer>"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
                 {"role": "assistant", "content": answer}, {"role": "user", "content": user}]
-    before = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) + answer
-    after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = _render(tokenizer, messages[:2]) + answer, _render(tokenizer, messages)
     if not after.startswith(before):
         raise ValueError("the chat template rewrites earlier turns: the tokens sampled could not be the ones trained")
     return after[len(before) :]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # it is wrong, or has no system turn
+        raise ValueError(f"the chat template cannot be followed: {_one_line(error)}") from None
 
 
 def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, temperature: float = 1.0) -> TokenScores:
@@ -120,9 +184,10 @@ def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, te
     """
     hidden = _hidden_before(model.base_model, tokens, is_response)  # (N, d)
     head, sampled = model.get_output_embeddings(), tokens[is_response]
+    chunk = max(1, min(CHUNK, LOGITS // len(head.weight)))
     chunks = [
         checkpoint(_chunk_scores, head, h, y, temperature, use_reentrant=False)  # logits again in backward, not kept
-        for h, y in zip(hidden.split(CHUNK), sampled.split(CHUNK), strict=True)
+        for h, y in zip(hidden.split(chunk), sampled.split(chunk), strict=True)
     ]
     columns = [torch.cat(column) for column in zip(*chunks, strict=True)] or [hidden.new_zeros(0)] * 3
     return TokenScores(*(_spread(column, is_response) for column in columns))

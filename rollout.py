@@ -84,7 +84,10 @@ class Trajectory:
 
 @dataclass
 class Batch:
-    """Trajectories as padded tensors, (B, T) unless said otherwise; the lower half comes with the training step."""
+    """Trajectories as padded tensors, (B, T) unless said otherwise; the lower half comes with the training step.
+
+    The whole is small and stays on the CPU, whatever the models' device; `take` copies a micro-batch there.
+    """
 
     tokens: Tensor
     is_response: Tensor
@@ -132,11 +135,11 @@ class Batch:
         positions = torch.arange(1, mask.shape[1] + 1)
         self.lengths = torch.where(self.is_response, positions, 1).amax(1)
 
-    def take(self, rows: Sequence[int] | Tensor) -> "Batch":
-        """These rows, as wide as the longest of them."""
+    def take(self, rows: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> "Batch":
+        """These rows, as wide as the longest of them, where a model can read them."""
         width = int(self.lengths[rows].max())
         columns = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(x if x is None else x[rows, :width] if x.dim() == 2 else x[rows] for x in columns))
+        return Batch(*(x if x is None else (x[rows, :width] if x.dim() == 2 else x[rows]).to(device) for x in columns))
 
     def final_rewards(self) -> Tensor:
         """R(τ) on every row's last response token, 0 elsewhere."""
@@ -241,7 +244,7 @@ def play_on(
     """Continue B trajectories, each before a response, to the end of their episodes.
 
     Args:
-        rows: equal prefixes are run once.   generator: of all sampling, on the model's device; with None every row
+        rows: equal prefixes are run once.   generator: of all sampling, on any device; with None every row
             has a generator of its own, seeded by its level, replica and forks, whoever is played beside it.
         temperature: > 0.   max_response_tokens: a longer response is cut, which makes its turn invalid.
         max_context: an episode whose next turn might not fit ends there.

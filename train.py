@@ -12,7 +12,6 @@ P prompts, G rollouts each, B = P·G trajectories, T tokens.
 Differs from the paper: defaults marked "ours" fit two cores; a step whose gradient is not finite is skipped.
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -28,28 +27,24 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plots
-import smollm2
-import warmstart
 from ablation import tag_mask, weight_signal
 from actfocus import policy_loss, token_weights, whiten
 from baselines import kl_estimate, value_loss
 from checkpoint import State
-from config import CRITIC, Config, parse
+from config import Config, parse
 from envs import oracle_player, play, random_player
-from methods import METHODS, all_ranks, build_env, env_options, make_episodes, noise
+from memory import EVALUATED, advice, is_out_of_memory, memory_line
+from methods import METHODS, all_ranks, build_env, make_episodes, noise
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
     TokenScores,
-    load_critic,
-    load_model,
-    load_tokenizer,
     micro_batches,
-    opening_text,
     precision,
     score_tokens,
-    turn_text,
+    trainable,
 )
 from rollout import Batch, PromptTooLong, Trajectory, rollout
+from startup import build_state, dry_run, start_model
 
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
 
@@ -67,7 +62,7 @@ def train(config: Config, state: State, run: Path) -> None:
 def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float], Batch]:
     """The algorithm: sample, score, weigh, update. Returns the step's metrics and its batch."""
     start, method = time.perf_counter(), METHODS[config.algo]
-    with precision(config.dtype):
+    with precision(config.dtype, state.policy.device):
         sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
     returns = torch.tensor([row.episode.return_ for row in sampled_rows])
     rows = [sampled_rows[i] for i in method.keep(config, returns)]
@@ -89,12 +84,12 @@ def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float]
 def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Config) -> TokenScores:
     """What a frozen model says of the whole batch, (B, T) each."""
     scores = TokenScores(*(torch.zeros(batch.tokens.shape) for _ in TokenScores._fields))
-    with torch.no_grad(), precision(config.dtype):
+    with torch.no_grad(), precision(config.dtype, model.device):
         for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-            part = batch.take(rows)
+            part = batch.take(rows, model.device)
             pieces = score_tokens(model, part.tokens, part.is_response, config.temperature)
             for whole, piece in zip(scores, pieces, strict=True):
-                whole[rows, : piece.shape[1]] = piece
+                whole[rows, : piece.shape[1]] = piece.cpu()
     parallel.add_up(scores)  # zeros where another rank has the row
     return scores
 
@@ -140,8 +135,8 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
     """
     total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
     for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-        part = mini.take(rows)
-        with precision(config.dtype):
+        part = mini.take(rows, state.policy.device)
+        with precision(config.dtype, state.policy.device):
             scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
             values = state.critic(part.tokens, part.is_response) if state.critic else None
         loss = policy_loss(scores.logp, part.old_logp, part.advantages, part.weights, config.clip_low,
@@ -166,8 +161,8 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
 
 
 def gradients(model: torch.nn.Module) -> Iterator[Tensor]:
-    """Of every parameter, zeros where a rank had no row to make them from."""
-    for parameter in model.parameters():
+    """Of every parameter that learns, zeros where a rank had no row to make them from."""
+    for parameter in trainable(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         yield parameter.grad
@@ -224,14 +219,14 @@ def evaluate_step(config: Config, state: State, run: Path) -> dict:
 
 def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Trajectory]]:
     """Success on the fixed evaluation levels 0, 1, …, with the same sampling noise every time."""
-    generator = noise(torch.Generator(policy.device).manual_seed(0))
-    at_once = max(1, 256 // config.eval_samples)  # levels whose rollouts share one cache
+    generator = noise(torch.Generator().manual_seed(0))
+    at_once = max(1, EVALUATED // config.eval_samples)  # levels whose rollouts share one cache
 
     def play_levels() -> list[Trajectory]:
         levels, rows = parallel.block(range(config.eval_prompts)), []
         for first in range(0, len(levels), at_once):
             episodes = make_episodes(config, levels[first : first + at_once], config.eval_samples)
-            with precision(config.dtype):
+            with precision(config.dtype, policy.device):
                 rows += rollout(policy, tokenizer, episodes, generator, config.eval_temperature,
                                 config.max_response_tokens, config.max_context)
         return rows
@@ -246,40 +241,11 @@ def evaluate_player(config: Config, player) -> dict:
     return summary([episode for level in zip(*per_replica, strict=True) for episode in level], config.eval_samples)
 
 
-def start_model(config: Config) -> str:
-    """The model a run starts from, and its reference: converted, and taught the format, where the settings say so."""
-    cache = Path(config.cache_dir or Path.home() / ".cache" / "actfocus")
-    name = str(smollm2.model_folder(cache)) if config.model == "smollm2" else config.model
-    if not config.warmstart_steps:
-        return name
-    how = env_options(config), config.warmstart_steps, config.warmstart_learning_rate, config.dtype
-    digest = hashlib.sha256(repr((name, config.env, *how)).encode()).hexdigest()[:8]
-    folder = cache / f"{Path(name).name}-{config.env}-{digest}"
-    if not folder.is_dir():
-        warmstart.bring_to_format(name, folder, config.env, *how)  # one start for all seeds of a comparison
-    return str(folder)
-
-
-def build_state(config: Config) -> State:
-    """Policy, frozen reference and critic, all copies of one model; Adam as in the paper."""
-    policy, reference = load_model(config.model), load_model(config.model).requires_grad_(False)
-    critic = load_critic(config.model) if config.algo in CRITIC else None
-    critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate) if critic else None
-    tokenizer, levels = load_tokenizer(config.model), make_episodes(config, range(config.eval_prompts), 1)
-    turn_text(tokenizer, "")  # refuses a chat template that cannot be followed
-    texts = [opening_text(tokenizer, level.system(), level.user()) for level in levels]
-    prompt = max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
-    if prompt + config.max_response_tokens > config.max_context:
-        raise ValueError(f"--max_context {config.max_context}: a prompt of {prompt} and a response of "
-                         f"{config.max_response_tokens} tokens (--max_response_tokens) do not fit")
-    return State(policy, reference, tokenizer, torch.optim.Adam(policy.parameters(), config.learning_rate),
-                 torch.Generator().manual_seed(config.seed), critic, critic_optimizer)
-
-
 def prepare(config: Config, path: Path | None) -> State:
     """What a run starts from, or resumes from."""
     if config.num_prompts % parallel.ranks():
         raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
+    print(memory_line(config, config.model))
     state = build_state(config)
     if path:
         checkpoint.restore(state, path)
@@ -289,7 +255,7 @@ def prepare(config: Config, path: Path | None) -> State:
 def open_run(config: Config, state: State, path: Path | None) -> Path:
     """The run folder, new or without what came after the checkpoint."""
     if not path:
-        return checkpoint.new_run(asdict(config))
+        return checkpoint.new_run(asdict(config), str(state.policy.device))
     checkpoint.forget_later(path.parent, state.step)
     return path.parent
 
@@ -297,7 +263,13 @@ def open_run(config: Config, state: State, path: Path | None) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 for a user's mistake, 1 for a run that broke down; on every rank the same."""
     parallel.start()
-    return parallel.stop(launch(argv))
+    try:
+        return parallel.stop(launch(argv))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(advice(error), file=sys.stderr)
+        return 2  # at once: the other ranks may be waiting for this one, and the launcher ends them
 
 
 def launch(argv: Sequence[str] | None) -> int:
@@ -306,6 +278,10 @@ def launch(argv: Sequence[str] | None) -> int:
     writes = parallel.rank() == 0
     try:
         config, path = parallel.agree(lambda: parse(argv))
+        torch.set_num_threads(config.num_threads or torch.get_num_threads())
+        if config.dry_run:
+            parallel.agree(lambda: dry_run(config))
+            return 0
         model = parallel.agree(lambda: start_model(config) if writes and not path else config.model)
         config = replace(config, model=parallel.gather(model)[0])
         state = parallel.agree(lambda: prepare(config, path))

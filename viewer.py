@@ -26,8 +26,9 @@ from ablation import tag_mask, weight_signal
 from checkpoint import STATE, State
 from config import CRITIC, Config
 from methods import METHODS, env_options
-from policy import load_critic, load_model, load_tokenizer
+from policy import load_model, load_tokenizer, pick_device
 from rollout import Batch, Trajectory, token_pieces
+from startup import build_critic
 from train import score_batch, weigh
 
 LEVELS, COLUMNS = 5, ("class", "log-prob", "entropy", "energy", "weight", "advantage")  # of intensity; of the panel
@@ -71,11 +72,11 @@ def load_state(config: Config, folder: Path) -> State:
     if load_tokenizer(config.model).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--model {config.model}: no reference for {folder}, whose tokenizer is another")
     if config.algo in CRITIC and (folder / STATE).is_file():
-        saved = torch.load(folder / STATE, weights_only=True, mmap=True)
+        saved = torch.load(folder / STATE, weights_only=True, mmap=True, map_location="cpu")
         if "critic" in saved:  # not where --algo was changed
-            critic = load_critic(config.model)
+            critic = build_critic(config, pick_device(config.device))
             critic.load_state_dict(saved["critic"])
-    policy, reference = load_model(str(folder)), load_model(config.model)
+    policy, reference = (load_model(name, pick_device(config.device)) for name in (str(folder), config.model))
     return State(policy, reference, tokenizer, None, torch.Generator().manual_seed(config.seed), critic)
 
 

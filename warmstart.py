@@ -142,7 +142,8 @@ FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts, "sudoku": _
 
 
 def transcript(
-    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None,
+    style: str = "brief",
 ) -> list[tuple[str, bool]]:
     """One episode of a player whose moves are optimal with probability `skill`: (text, is it a response) in order.
 
@@ -151,7 +152,7 @@ def transcript(
     """
     rng = np.random.default_rng([seed, 2])
     env = make_env(game, **(GAMES[game] if options is None else options))
-    episode = Episode(env, seed, style="brief")
+    episode = Episode(env, seed, style=style)
     if game in ("frozenlake", "sokoban"):
         _wander(episode, rng)
     parts = [(opening_text(tokenizer, episode.system(), episode.user()), False)]
@@ -273,9 +274,9 @@ def train(
         total = sum(sum(weights) for _, weights in coded)
         loss = 0.0
         for batch in micro_batches([len(ids) for ids, _ in coded], 2048):
-            tokens = pad([coded[i][0] for i in batch], torch.int64)
-            weights = pad([coded[i][1] for i in batch], torch.float32)
-            with precision(dtype):
+            tokens = pad([coded[i][0] for i in batch], torch.int64).to(model.device)
+            weights = pad([coded[i][1] for i in batch], torch.float32).to(model.device)
+            with precision(dtype, model.device):
                 logp = score_tokens(model, tokens, weights > 0).logp
             part = -(weights * logp).sum() / total
             part.backward()
@@ -289,13 +290,14 @@ def train(
 
 
 def bring_to_format(
-    name: str, folder: Path, game: str, options: dict, steps: int, learning_rate: float, dtype: str
+    name: str, folder: Path, game: str, options: dict, steps: int, learning_rate: float, dtype: str,
+    device: torch.device,
 ) -> None:
     """Teach any language model the format on one game's transcripts, and save it as `folder`, whole or not at all.
 
     Its players are weak, so that it learns the form and little of the game.
     """
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model, tokenizer = load_model(name, device), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
     train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, 0, {game: ROWS_OF_ONE}, options, dtype)
     temporary = folder.with_name(f".{folder.name}.tmp")

