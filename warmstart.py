@@ -5,7 +5,7 @@ environments in the form of rollouts; a small Llama learns their responses. The 
 and never names the move. First the moves are optimal, so that the mapping is learnt; then they are optimal only with
 a falling probability (`STAGES`), which leaves a soft policy with knowledge under it.
 
-    python warmstart.py --output_dir models/tiny --seed 0      # rebuilds the committed folder
+    python warmstart.py --output_dir models/tiny --seed 0      # an hour and a half on one core
     python warmstart.py --output_dir models/committed --committed      # from it, thoughts that end with the move
 """
 
