@@ -14,7 +14,7 @@ from actfocus import token_weights
 from config import Config
 from energy import SIGNALS
 from methods import sample
-from policy import TokenScores
+from policy import TokenScores, load_model
 from rollout import Batch
 
 pytest_plugins = ["tiny"]
@@ -115,7 +115,7 @@ def test_the_page_of_tokens_weighs_as_the_run_does(tiny):
         settings = config(tiny, max_response_tokens=60, **options)
         scene = viewer.stage(settings, tiny)
         batch = Batch.of(scene.rows)
-        scores = train.score_batch(train.load_model(str(tiny)), batch, settings)
+        scores = train.score_batch(load_model(str(tiny)), batch, settings)
         plain = token_weights(scores.energy, batch.is_action, batch.is_reasoning)
         assert not scene.batch.weights.equal(plain)
         assert viewer.stage(replace(settings, signal="energy", tag_weight="alpha"), tiny).batch.weights.equal(plain)

@@ -14,6 +14,7 @@ import diagnosis
 import evaluate
 import train
 from energy import SIGNALS, partial_spearman, spearman
+from policy import load_model
 
 pytest_plugins = ["tiny"]
 SHORT = [part for name in ("max_response_tokens", "max_context", "num_prompts", "num_generations", "mini_batch_size")
@@ -75,8 +76,8 @@ def test_rows_of_several_checkpoints_gather_in_one_table(tiny, run, tmp_path):
 def test_the_policys_log_probs_are_those_of_the_checkpoint_and_the_references_those_of_the_first_model(tiny, run):
     settings = config(tiny)
     rows, batch, signals = diagnosis.scored_rollouts(settings, run / "checkpoint-2", 2)
-    own = train.score_batch(train.load_model(str(run / "checkpoint-2")), batch, settings)
-    first = train.score_batch(train.load_model(str(tiny)), batch, settings)
+    own = train.score_batch(load_model(str(run / "checkpoint-2")), batch, settings)
+    first = train.score_batch(load_model(str(tiny)), batch, settings)
     assert signals["policy_nll"].equal(-own.logp) and signals["logprob_shift"].equal(own.logp - first.logp)
     assert signals["energy"].equal(first.energy) and signals["entropy"].equal(first.entropy)
     assert (own.logp - batch.old_logp).abs().max() < 1e-4 and signals["logprob_shift"].abs().max() > 1e-3
