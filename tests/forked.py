@@ -12,8 +12,13 @@ RUNNER = """
 import json, os, runpy, sys
 import gymnasium, matplotlib.pyplot, pytest, torch  # once for all jobs, which are forks
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GPT2LMHeadModel, LlamaForCausalLM
-codes = []
-for number, (folder, (variable, program, *arguments)) in enumerate(json.loads(sys.argv[1])):
+jobs, running, codes = json.loads(sys.argv[1]), {}, {}  # a process's number, a number's exit code
+def wait():
+    process, status = os.wait()
+    codes[running.pop(process)] = os.waitstatus_to_exitcode(status)
+for number, (folder, (variable, program, *arguments)) in enumerate(jobs):
+    if len(running) == os.cpu_count():
+        wait()
     child = os.fork()
     if not child:
         os.chdir(folder)
@@ -35,8 +40,10 @@ for number, (folder, (variable, program, *arguments)) in enumerate(json.loads(sy
         finally:
             sys.stdout.flush()
             os._exit(code)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
+    running[child] = number
+while running:
+    wait()
+print(json.dumps([codes[number] for number in range(len(jobs))]))
 """
 
 
@@ -48,7 +55,10 @@ def copy_of_the_project(folder: Path, *without: str) -> Path:
 
 
 def run_all(jobs: list[tuple[Path, list[str]]]) -> list[tuple[int, str]]:
-    """Exit code and output of each job: its folder, and NAME=VALUE (or ""), then `pytest` or `python`, then words."""
+    """Exit code and output of each job: its folder, and NAME=VALUE (or ""), then `pytest` or `python`, then words.
+
+    As many run at a time as there are cores.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in ("ACTFOCUS_MODULE", "PYTEST_ADDOPTS")}
     done = subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs, default=str)], env=environment, check=True,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from forked import ROOT, copy_of_the_project, run_all
 
+pytestmark = pytest.mark.slow
 PAGES = ("README.md", "docs/lab.md", "docs/scale.md", "docs/worked-example.md", "exercises/README.md",
          "exercises/bugs/README.md", "results/README.md", "results/trl/README.md")
 PROGRAMS = r"(?:[A-Z_]+=\S+ )?(?:python3?|pytest|torchrun|accelerate|pip|cp|git) "
@@ -29,6 +30,7 @@ ELSEWHERE = {  # how a command begins: the file that runs it and the words it do
     "python evaluate.py models/tiny --env": ("tests/test_diagnosis.py", '"--bottleneck"'),
     "pytest": (".ci/run", "\npytest --quiet\n"),
     "pytest -x tests/test_actfocus.py tests/test_baselines.py": ("tests/test_exercises.py", '"pytest", *BUGS.values()'),
+    "pytest -m slow": (".ci/run", "\npytest --quiet -m slow\n"),
     "git": ("tests/test_exercises.py", '["git", "apply"'),
     "pip install": (None, "packages for models or engines of one's own"),
     "python -m verl.trainer.main_ppo": (None, "needs verl and GPUs; its page says what was run"),
@@ -99,8 +101,10 @@ def outcomes(tmp_path_factory):
     jobs = {printed(words): in_small(number, *words) for number, words in enumerate(HERE)} | WRONG
     for text in [text for text in jobs if text.startswith("cp ")]:
         shutil.copy(*(folder / path for path in jobs.pop(text)[2:]))
-    order = sorted(jobs, key=lambda text: not text.startswith("python train.py") or "resume" in text)
-    return dict(zip(order, run_all([(folder, jobs[text]) for text in order]), strict=True))
+    first = [text for text in jobs if text.startswith("python train.py") and "resume" not in text]
+    order = [first, [text for text in jobs if text not in first]]
+    return {text: end for part in order
+            for text, end in zip(part, run_all([(folder, jobs[text]) for text in part]), strict=True)}
 
 
 @pytest.mark.parametrize("text", [printed(words) for words in HERE if words[1] != "cp"])

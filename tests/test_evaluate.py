@@ -89,6 +89,7 @@ def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tin
     assert re.search(r"^ +1 +-?\d+\.\d\d +1\.\d\d +[+-]\d\.\d\d  (Left|Right|Up|Down)$", plain, re.M)
 
 
+@pytest.mark.slow
 def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
     out = printed(capsys, "--bench", "--model", tiny, *SHORT)

@@ -85,11 +85,13 @@ def test_there_are_eight_bugs_and_a_patch_for_each():
     assert {path.stem for path in (EXERCISES / "bugs").glob("*.patch")} == BUGS.keys()
 
 
+@pytest.mark.slow
 def test_without_a_bug_the_tests_that_catch_them_pass(outcomes):
     code, log = outcomes["unpatched"]
     assert code == 0, log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_one_line_and_its_test_fails(outcomes, name):
     patch = (EXERCISES / "bugs" / f"{name}.patch").read_text(encoding="utf-8")
@@ -99,6 +101,7 @@ def test_a_bug_is_one_line_and_its_test_fails(outcomes, name):
     assert f"FAILED {BUGS[name]}" in log and " error" not in log.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_right_answers_are_graded_as_right(outcomes):
     code, log = outcomes["right"]
     assert code == 0, log
@@ -106,6 +109,7 @@ def test_right_answers_are_graded_as_right(outcomes):
     assert verdicts(log).keys() == set(SIX)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIX)
 def test_a_typical_mistake_is_graded_as_wrong_with_advice_and_the_way_to_the_hints(outcomes, name):
     code, log = outcomes["wrong"]
@@ -115,12 +119,14 @@ def test_a_typical_mistake_is_graded_as_wrong_with_advice_and_the_way_to_the_hin
     assert f"python exercises/hints.py {name} 1" in verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIX)
 def test_what_is_not_written_yet_is_called_so(outcomes, name):
     code, log = outcomes["template"]
     assert code == 1 and verdicts(log)[name].startswith("not written yet")
 
 
+@pytest.mark.slow
 def test_k_selects_the_tests_of_one_function(outcomes):
     code, log = outcomes["one"]
     assert code == 1 and verdicts(log).keys() == {"token_weights"}

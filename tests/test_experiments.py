@@ -130,6 +130,7 @@ def small(results, tiny, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_grid_runs_what_is_missing_keeps_it_and_skips_it_the_next_time(small, results, capsys):
     assert experiments.main(["small", "--jobs", "1"]) == 0
     out = capsys.readouterr().out
@@ -143,6 +144,7 @@ def test_a_grid_runs_what_is_missing_keeps_it_and_skips_it_the_next_time(small, 
     assert "steps, as it was" in capsys.readouterr().out and lines(folder / "metrics.jsonl") == before
 
 
+@pytest.mark.slow
 def test_a_run_from_other_weights_or_with_other_settings_is_not_finished(small, results, tiny):
     experiments.WORK.mkdir()
     folder = results / "runs" / name_of(small)
@@ -160,6 +162,7 @@ def test_a_run_from_other_weights_or_with_other_settings_is_not_finished(small, 
     assert experiments.is_finished(folder, small)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(small, results, monkeypatch):
     experiments.WORK.mkdir()
     name, commands, real = name_of(small), [], experiments.subprocess.run
@@ -215,6 +218,7 @@ def test_a_mistake_is_one_line_and_code_2(results, capsys, arguments, part):
 PAIRED = [(algo, weights) for algo in ("grpo", "ppo") for weights in ("actfocus", "uniform")]
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_share_first_weights_evaluations_and_first_rollouts(tiny, tmp_path):
     for seed in (0, 1):
         for algo, weights in PAIRED:

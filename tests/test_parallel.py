@@ -139,6 +139,7 @@ def assert_close_runs(one, other):
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGOS)
 def test_one_and_two_ranks_give_the_same_numbers_and_weights(runs, name, tiny):
     folder, codes = runs
@@ -148,12 +149,14 @@ def test_one_and_two_ranks_give_the_same_numbers_and_weights(runs, name, tiny):
     assert any(not before[key].equal(after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_four_ranks_do_so_too(runs):
     folder, codes = runs
     assert codes["grpo-4"] == [0] * 4
     assert_close_runs(folder / "grpo-1", folder / "grpo-4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run, ranks", [("grpo-4", 4), ("ppo-2", 2), ("nan", 2)])
 def test_all_ranks_end_with_the_very_same_weights(runs, run, ranks):
     first, *others = (torch.load(runs[0] / f"{run}-rank{rank}.pt") for rank in range(ranks))
@@ -163,11 +166,13 @@ def test_all_ranks_end_with_the_very_same_weights(runs, run, ranks):
         assert all(one.equal(two) for one, two in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_skips_the_step_on_all(runs):
     assert runs[1]["nan"] == [0, 0]
     assert [row["skipped_steps"] for row in lines(runs[0] / "nan" / "metrics.jsonl")] == [1, 0]
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_speaks_and_writes(runs):
     folder, _ = runs
     for ranks in (1, 2, 4):
@@ -177,6 +182,7 @@ def test_only_the_first_rank_speaks_and_writes(runs):
         assert json.loads((folder / f"grpo-{ranks}" / "config.json").read_text())["ranks"] == ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, part", [
     ("odd", "error: --num_prompts 3: not divisible by the 2 ranks"),
     ("taken", "error: --output_dir full: not empty"),  # only the first rank looks
@@ -188,6 +194,7 @@ def test_a_mistake_is_one_line_and_code_2_on_every_rank_and_leaves_no_folder(run
     assert not (folder / name).exists() and [path.name for path in (folder / "full").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_other_and_one_rank_goes_on_from_there(runs):
     folder, codes = runs
     assert codes["killed"] == [1, -9] and "closed by peer" in (folder / "killed.err").read_text()
@@ -195,6 +202,7 @@ def test_a_rank_that_dies_ends_the_other_and_one_rank_goes_on_from_there(runs):
     assert_close_runs(folder / "killed", folder / "grpo-2")
 
 
+@pytest.mark.slow
 def test_torchrun_ends_a_run_within_a_minute_of_a_death_and_says_why(tiny, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "dies.py"]
