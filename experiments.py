@@ -154,29 +154,28 @@ def name_of(run: dict) -> str:
     return "-".join([run["env"], run["algo"], run["weights"], f"seed{run['seed']}", *rest])
 
 
-def is_current(folder: Path, run: dict) -> bool:
-    """Whether a run folder has these settings and started from the weights that are there now."""
+def current(folder: Path, run: dict) -> Run | None:
+    """What is in a run folder, if it has these settings and started from the weights that are there now."""
     try:
         found = read_run(folder)
     except (ValueError, OSError):  # no run, one killed while it wrote its settings, or settings that are no more
-        return False
-    model = Path(planned(run).model)
-    return settings_as_run(found.config) == run and found.about.get("model_sha256") == checkpoint.weights_digest(model)
+        return None
+    digest = checkpoint.weights_digest(Path(planned(run).model))
+    return found if settings_as_run(found.config) == run and found.about.get("model_sha256") == digest else None
 
 
 def is_finished(folder: Path, run: dict) -> bool:
     """Whether the run evaluated its last step, or broke down."""
-    if not is_current(folder, run):
-        return False
-    found = read_run(folder)
-    return bool(found.failure) or any(line["step"] >= found.config.max_steps for line in found.evaluations)
+    found = current(folder, run)
+    return found is not None and (
+        bool(found.failure) or any(line["step"] >= found.config.max_steps for line in found.evaluations))
 
 
 def work_off(run: dict, name: str = "", again: bool = False) -> str:
     """Start or continue one run, and keep its numbers when it is done. Returns a line about it."""
     name = name or name_of(run)
     folder, kept = WORK / name, RESULTS / "runs" / name
-    goes_on = is_current(folder, run) and list(folder.glob("checkpoint-[0-9]*"))
+    goes_on = current(folder, run) and list(folder.glob("checkpoint-[0-9]*"))
     if goes_on and not (again and is_finished(folder, run)):
         arguments = ["--resume_from_checkpoint", str(folder)]
     else:
