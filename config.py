@@ -56,8 +56,8 @@ class Config:
     seed: int = within(0, 9_999, 0)  # of sampling, of the order of mini-batches and of the training levels
     max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
     num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1
-    num_generations: int = within(1, HUGE, 16)  # G, rollouts a prompt, §5.1
-    mini_batch_size: int = within(1, HUGE, 32)  # trajectories an optimiser step, §5.1
+    num_generations: int = within(1, HUGE, 8)  # G, rollouts a prompt; ours, paper 16
+    mini_batch_size: int = within(1, HUGE, 16)  # trajectories an optimiser step; ours, paper 32
     micro_batch_tokens: int = within(1, HUGE, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
     learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
     critic_learning_rate: float = within(ABOVE_0, HUGE, 3e-4)  # of the critic (PPO); ours, paper 1e-5
@@ -95,9 +95,9 @@ class Config:
     results_per_page: int = within(1, 50, 10)  # WebShop: results a page
     title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that are shown, 0: all
     short_pages: bool = True  # WebShop: every button once, the goal on the search page only; ours, for the tiny model
-    eval_steps: int = within(1, HUGE, 10)  # steps between evaluations, §5.1
+    eval_steps: int = within(1, HUGE, 5)  # steps between evaluations; ours, paper 10
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
-    eval_samples: int = within(1, HUGE, 4)  # samples a level; ours, paper 16
+    eval_samples: int = within(1, HUGE, 2)  # samples a level; ours, paper 16
     eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/
@@ -127,8 +127,8 @@ class Config:
 
 
 BY_MODEL = {  # what fits a model on two cores; ours
-    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, num_generations=8,
-                    mini_batch_size=16, max_steps=20, eval_prompts=16, eval_samples=2),
+    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, max_steps=20,
+                    eval_prompts=16),
 }
 BENCH = {"smollm2": dict(num_prompts=2)}  # minutes on one core; ours
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
@@ -140,12 +140,13 @@ PRESETS = {
                   eval_steps=2, save_steps=1),
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_steps=200, learning_rate=1e-6, critic_learning_rate=1e-5,
                   max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False,
-                  short_pages=False, eval_prompts=32, eval_samples=16),
+                  short_pages=False, num_generations=16, mini_batch_size=32, eval_steps=10, eval_prompts=32,
+                  eval_samples=16),
 }
 _LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
-_FEWER = dict(num_generations=8, mini_batch_size=16, eval_samples=1)  # episodes of a thousand tokens, in 15 minutes
+_ONCE = dict(eval_samples=1)  # episodes of a thousand tokens, in minutes
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": {"sudoku": _LONG["sudoku"] | _FEWER, "webshop": _LONG["webshop"] | _FEWER | dict(max_steps=20)},
+    "laptop": {"sudoku": _LONG["sudoku"] | _ONCE, "webshop": _LONG["webshop"] | _ONCE | dict(max_steps=20)},
     "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
                               eval_samples=1)},

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import checkpoint
 import report
-from config import CRITIC, Config, Parser, departures, of_run, usual_settings
+from config import ALGOS, Config, Parser, departures, of_run, usual_settings
 from tables import Run, read_run
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")  # the last one says that 
 WEIGHTS = ("actfocus", "uniform")
 GAMES = ("frozenlake", "sokoban", "sudoku", "webshop")
 TWO = GAMES[:2]
-SEEDS, TUNING_SEEDS = range(5), (900, 901)
+SEEDS, FEW, TUNING_SEEDS = range(5), range(3), (900, 901)
 RATES, TUNING_STEPS = (5e-5, 1e-4, 2e-4), 10
 VARIANTS = [  # of Eq. (5), one thing changed at a time
     {}, *({"alpha": alpha} for alpha in (0.0, 0.05, 0.3, 1.0)), *({"beta": beta} for beta in (0.0, 1.0, 2.0)),
@@ -66,13 +66,13 @@ def grid(seeds: Iterable[int], envs: Iterable[str], algos: Iterable[str], weight
 
 
 def grids() -> dict[str, Grid]:
-    """All grids, at the learning rates that the tuning runs in results/ choose."""
+    """All grids; `main`, `ablation` and `committed` at the learning rates that the tuning runs in results/ choose."""
     chosen = {cell: found["chosen"] for cell, found in tuning().items()}
 
     def tuned(run: dict, **changes) -> dict:
         run = {**run, **changes}
-        parent = run["env"], "ppo" if run["algo"] in CRITIC else "grpo", run["weights"]
-        return canonical({"learning_rate": chosen.get(parent) or Config.learning_rate, **run})
+        cell = run["env"], run["algo"], run["weights"]
+        return canonical({"learning_rate": chosen.get(cell) or Config.learning_rate, **run})
 
     def variant(run: dict, changes: dict) -> dict:  # at ActFocus' rate, also where it is uniform
         return canonical({**run, "learning_rate": chosen.get((run["env"], "grpo", "actfocus"))
@@ -92,8 +92,9 @@ def grids() -> dict[str, Grid]:
         "rates": Grid([canonical(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, learning_rate=(*RATES, 4e-4))],
                       bare),
         "committed": Grid([tuned(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, model=["committed"])], uniform),
-        "rivals": Grid([tuned(run) for run in grid(range(3), TWO, ("dapo", "empg", "poad", "ntpo", "carl"),
-                                                   ["uniform"])], lambda run: uniform({**run, "algo": "grpo"})),
+        "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
+        "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],
+                       lambda run: canonical({**run, "algo": "grpo"})),
     }
 
 

@@ -28,7 +28,8 @@ from tables import (
 )
 
 Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
-GRIDS = ("main", "ablation", "rates", "committed", "rivals", "other")
+GRIDS = ("defaults", "main", "ablation", "rates", "committed", "rivals", "other")
+LEARNING = {"defaults": "defaults.png", "main": "learning.png", "rivals": "rivals.png"}
 KEY = ("model", "model_sha256", "env", "step", "seed", "signal", "tokens")  # of a row of diagnosis.csv
 
 
@@ -57,16 +58,18 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis)}
     page = results / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    return [f"{len(runs)} runs, tables in {results}", *figures(results, members["main"], differences, diagnosis)]
+    return [f"{len(runs)} runs, tables in {results}", *figures(results, members, differences, diagnosis)]
 
 
-def figures(results: Path, main: Sequence[Run], differences: list[dict], diagnosis: list[dict]) -> list[str]:
-    """Learning curves and gradient mass of the main grid, paired differences of all, the diagnosis along training."""
+def figures(results: Path, members: dict[str, list[Run]], differences: list[dict], diagnosis: list[dict]) -> list[str]:
+    """Learning curves of three grids, gradient mass, paired differences of all grids, the diagnosis along training."""
     drawn = []
-    if main:
-        folders = [results / "runs" / run.name for run in main]
-        drawn += [plots.learning_curves(folders, results / "learning.png"),
-                  plots.gradient_mass(folders, results / "gradient.png")]
+    folders = {grid: [results / "runs" / run.name for run in members.get(grid, [])] for grid in LEARNING}
+    for grid, picture in LEARNING.items():
+        if folders[grid]:
+            drawn.append(plots.learning_curves(folders[grid], results / picture))
+    if folders["main"]:
+        drawn.append(plots.gradient_mass(folders["main"], results / "gradient.png"))
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
     if final:
         drawn.append(plots.differences(final, results / "differences.png"))

@@ -5,7 +5,7 @@ environments in the form of rollouts; a small Llama learns their responses. The 
 and never names the move. First the moves are optimal, so that the mapping is learnt; then they are optimal only with
 a falling probability (`STAGES`), which leaves a soft policy with knowledge under it.
 
-    python warmstart.py --output_dir models/tiny --seed 0      # an hour and a half on one core
+    python warmstart.py --output_dir models/tiny --seed 0      # two hours on one core
     python warmstart.py --output_dir models/committed --committed      # from it, thoughts that end with the move
 """
 
@@ -49,6 +49,7 @@ STAGES = (  # learning rate, then steps and each game's probability of an optima
     (1.5e-3, ((1700, (1.0, 1.0, 1.0, 1.0)), (400, (0.4, 0.4, 0.4**0.5, 0.4**0.5)))),
     (5e-4, ((300, (0.15, 0.15, 0.15, 0.15**0.5)),)),  # each stage starts its optimiser anew
 )
+SAMPLED = dict(zip(GAMES, (0.5, 0.5, 0.5**0.5, 0.5**0.5), strict=True))  # players whose words make the tokenizer
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
 ROWS = {"frozenlake": 12, "sokoban": 12, "sudoku": 10, "webshop": 6}  # transcripts a step; WebShop's are long and easy
 ROWS_OF_ONE, SKILL_OF_ONE = 8, 0.4  # transcripts a step, and their players, where a model learns one game only
@@ -232,7 +233,7 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int = 1536) -> PreTrainedT
 
 
 def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama of about 0.7 million parameters."""
+    """A Llama of about a million parameters."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1,
@@ -316,7 +317,7 @@ def main() -> None:
     if args.committed:
         commit_tiny(args.output_dir, args.seed, args.shrink)
         return
-    samples = (transcript(game, FIRST_SEED - 1 - i, 0.5) for game in GAMES for i in range(1000))
+    samples = (transcript(game, FIRST_SEED - 1 - i, SAMPLED[game]) for game in GAMES for i in range(1000))
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
     for stage, (learning_rate, phases) in enumerate(STAGES):

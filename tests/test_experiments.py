@@ -66,6 +66,7 @@ def test_the_grids_have_what_the_issue_asks_for(results):
     grids = {name: {name_of(run) for run in grid.runs} for name, grid in experiments.grids().items()}
     assert len(grids["main"]) == 4 * 2 * 2 * 5 and len(grids["tune"]) == 4 * 2 * 2 * 3 * 2
     assert len(grids["ablation"]) == 15 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
+    assert len(grids["rivals"]) == 7 * 2 * 3 and len(grids["defaults"]) == 4 * 3
     for part in ("alpha0.0", "alpha0.05", "alpha0.3", "alpha1.0", "beta0.0", "beta1.0", "beta2.0", "signalentropy",
                  "signalpolicy_nll", "signallogprob_shift", "tag_weightone", "weight_statsmini_batch"):
         assert {f"{env}-grpo-actfocus-seed{seed}-{part}" for env in ("frozenlake", "sokoban")
@@ -92,7 +93,8 @@ def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
     names = {grid: {name_of(run) for run in one.runs} for grid, one in experiments.grids().items()}
     assert {"frozenlake-grpo-actfocus-seed0-learning_rate0.0002", "frozenlake-grpo-uniform-seed0-learning_rate5e-05",
             "frozenlake-ppo-actfocus-seed0", "sokoban-grpo-actfocus-seed0"} <= names["main"]
-    assert "frozenlake-dapo-uniform-seed0-learning_rate5e-05" in names["rivals"]  # its rate is uniform GRPO's
+    assert {"frozenlake-dapo-uniform-seed0", "frozenlake-grpo-uniform-seed0"} <= names["rivals"]  # one rate for all
+    assert "frozenlake-grpo-actfocus-seed0" in names["defaults"]
     assert {"frozenlake-grpo-actfocus-seed0-alpha0.3-learning_rate0.0002",
             "frozenlake-grpo-uniform-seed0-learning_rate0.0002"} <= names["ablation"]  # uniform at ActFocus' rate
     main = experiments.grids()["main"]

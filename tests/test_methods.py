@@ -696,7 +696,7 @@ def test_mini_batches_without_a_trained_token_are_left_out(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("options, part", [
-    ({"algo": "carl", "carl_first": 17}, "--carl_first 17: must not exceed num_generations 16"),
+    ({"algo": "carl", "carl_first": 9}, "--carl_first 9: must not exceed num_generations 8"),
     ({"algo": "dapo", "filter_fraction": 0.5}, "--filter_fraction 0.5: dapo chooses its groups itself"),
     *(({"algo": algo, "num_generations": 1, "num_prompts": 32}, f"--num_generations 1: {algo}")
       for algo in ("grpo", "dapo", "empg", "carl")),

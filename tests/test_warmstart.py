@@ -17,7 +17,6 @@ from rollout import token_pieces
 from warmstart import FIRST_SEED, GAMES, TAGS, build_tokenizer, encode, transcript
 
 SEEDS = range(FIRST_SEED, FIRST_SEED + 60)
-KNOWN = ("frozenlake", "sokoban")  # games of the committed model
 STEPS = r"(Left|Down|Right|Up)"
 MOVES = {"frozenlake": STEPS, "sokoban": STEPS, "sudoku": r"[1-4],[1-4],[1-4]", "webshop": r"search\[.+\]|click\[.+\]"}
 FACTS = {"frozenlake": r"\(\d, \d\)", "sokoban": r"\(\d, \d\)", "sudoku": r"\d+ blanks are left",
@@ -150,7 +149,7 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.fixture(scope="module", params=KNOWN)
+@pytest.fixture(scope="module", params=GAMES)
 def episodes(request):
     """Settings and rollouts of the committed model at temperature 1."""
     game = request.param
