@@ -97,7 +97,7 @@ class Config:
     short_pages: bool = True  # WebShop: every button once, the goal on the search page only; ours, for the tiny model
     eval_steps: int = within(1, HUGE, 5)  # steps between evaluations; ours, paper 10
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
-    eval_samples: int = within(1, HUGE, 2)  # samples a level; ours, paper 16
+    eval_samples: int = within(1, HUGE, 1)  # samples a level; ours, paper 16
     eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/
@@ -128,7 +128,7 @@ class Config:
 
 BY_MODEL = {  # what fits a model on two cores; ours
     "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, max_steps=20,
-                    eval_prompts=16),
+                    eval_prompts=16, eval_samples=2),
 }
 BENCH = {"smollm2": dict(num_prompts=2)}  # minutes on one core; ours
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
@@ -144,9 +144,8 @@ PRESETS = {
                   eval_samples=16),
 }
 _LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
-_ONCE = dict(eval_samples=1)  # episodes of a thousand tokens, in minutes
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": {"sudoku": _LONG["sudoku"] | _ONCE, "webshop": _LONG["webshop"] | _ONCE | dict(max_steps=20)},
+    "laptop": {"sudoku": _LONG["sudoku"], "webshop": _LONG["webshop"] | dict(max_steps=20)},
     "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
                               eval_samples=1)},
