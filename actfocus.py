@@ -29,7 +29,7 @@ def answer_span(text: str) -> tuple[int, int] | None:
 def classify_tokens(pieces: Sequence[str]) -> tuple[Tensor, Tensor]:
     """𝓣_reason and 𝓣_act of one response: where Eq. (5) puts which weight.
 
-        t ∈ 𝓣_act  ⇔  a non-space character of token t lies strictly inside the executed <answer>…</answer>
+        t ∈ 𝓣_act  ⇔  a non-space character of token t lies inside the <answer>…</answer> of `answer_span`
 
     Every other token is reasoning; without the structure all are. Classes go by characters, nothing is re-encoded.
 
@@ -98,7 +98,7 @@ def policy_loss(
     Σ wₜ in the denominator: weights move gradient between tokens and leave its scale alone. All weights 1 is PPO's
     loss as a mean over tokens. Where nothing is clipped the gradient is Eq. (7).
 
-    Careful: where advantages are centred and ρ = 1 the loss is 0 by construction; its gradient is not.
+    Careful: at ρ = 1 the loss is minus the weighted mean of centred advantages, near 0; its gradient is not.
 
     Args:
         logp, old_logp: (B, T) nats, under π_θ (differentiated) and under the rollout policy.

@@ -11,9 +11,9 @@ so is a run that broke down, with the reason. A run is finished only if its sett
 started from the weights that are there now.
 
 Seeds are paired: runs of one seed share training levels, evaluation levels and first weights, whatever their method.
-Learning rates are chosen for each (env, algo, weights) from RATES on TUNING_SEEDS, which no other grid uses: the one
-with the highest mean success of the last TUNING_STEPS iterations' rollouts (training levels, each met once, so that
-no evaluation level takes part); the smaller one of equals; the default until all of these runs are there.
+Learning rates are chosen for each (env, algo, weights) from RATES in runs of half the length on TUNING_SEEDS, which no
+other grid uses: the one with the highest mean success of the last TUNING_STEPS iterations' rollouts (training levels,
+each met once, so that no evaluation level takes part); the smaller one of equals; the default until all are there.
 """
 
 import os
@@ -99,8 +99,9 @@ def grids() -> dict[str, Grid]:
 
 
 def tuning_runs(games: Iterable[str] = GAMES) -> list[dict]:
-    """The runs that learning rates are chosen from."""
-    return grid(TUNING_SEEDS, games, ("grpo", "ppo"), WEIGHTS, learning_rate=RATES)
+    """The runs that learning rates are chosen from, half as long as others."""
+    return [run for game in games for run in grid(TUNING_SEEDS, [game], ("grpo", "ppo"), WEIGHTS, learning_rate=RATES,
+                                                  max_steps=[planned({"env": game, "algo": "grpo"}).max_steps // 2])]
 
 
 def tuning() -> dict[tuple, dict]:
