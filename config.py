@@ -57,7 +57,7 @@ class Config:
     max_steps: int = within(0, HUGE, 30)  # iterations; ours, paper 200
     num_prompts: int = within(1, HUGE, 8)  # P, prompts a step, §5.1
     num_generations: int = within(1, HUGE, 8)  # G, rollouts a prompt; ours, paper 16
-    mini_batch_size: int = within(1, HUGE, 16)  # trajectories an optimiser step; ours, paper 32
+    mini_batch_size: int = within(1, HUGE, 32)  # trajectories an optimiser step, §5.1
     micro_batch_tokens: int = within(1, HUGE, 2048)  # tokens a forward pass; ours, leaves the gradient as it is
     learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of the policy; ours for the tiny model, paper 1e-6
     critic_learning_rate: float = within(ABOVE_0, HUGE, 3e-4)  # of the critic (PPO); ours, paper 1e-5
@@ -127,8 +127,8 @@ class Config:
 
 
 BY_MODEL = {  # what fits a model on two cores; ours
-    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, max_steps=20,
-                    eval_prompts=16, eval_samples=2),
+    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, mini_batch_size=16,
+                    max_steps=20, eval_prompts=16, eval_samples=2),
 }
 BENCH = {"smollm2": dict(num_prompts=2)}  # minutes on one core; ours
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
@@ -140,12 +140,11 @@ PRESETS = {
                   eval_steps=2, save_steps=1),
     "paper": dict(model="Qwen/Qwen2.5-0.5B-Instruct", max_steps=200, learning_rate=1e-6, critic_learning_rate=1e-5,
                   max_response_tokens=400, max_context=3600, prompt_style="paper", coordinates=False,
-                  short_pages=False, num_generations=16, mini_batch_size=32, eval_steps=10, eval_prompts=32,
-                  eval_samples=16),
+                  short_pages=False, num_generations=16, eval_steps=10, eval_prompts=32, eval_samples=16),
 }
 _LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": {"sudoku": _LONG["sudoku"], "webshop": _LONG["webshop"] | dict(max_steps=20)},
+    "laptop": _LONG | {"sokoban": dict(max_steps=40), "webshop": _LONG["webshop"] | dict(max_steps=20)},
     "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
                               eval_samples=1)},
