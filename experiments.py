@@ -40,7 +40,7 @@ WEIGHTS = ("actfocus", "uniform")
 GAMES = ("frozenlake", "sokoban", "sudoku", "webshop")
 TWO = GAMES[:2]
 SEEDS, FEW, TUNING_SEEDS = range(5), range(3), (900, 901)
-RATES, TUNING_STEPS = (5e-5, 1e-4, 2e-4), 10
+RATES, TUNING_STEPS = (1e-4, 2e-4, 4e-4), 10
 VARIANTS = [  # of Eq. (5), one thing changed at a time
     {}, *({"alpha": alpha} for alpha in (0.0, 0.05, 0.3, 1.0)), *({"beta": beta} for beta in (0.0, 1.0, 2.0)),
     *({"signal": signal} for signal in ("entropy", "policy_nll", "logprob_shift")),
@@ -69,14 +69,16 @@ def grids() -> dict[str, Grid]:
     """All grids; `main`, `ablation` and `committed` at the learning rates that the tuning runs in results/ choose."""
     chosen = {cell: found["chosen"] for cell, found in tuning().items()}
 
+    def rate(env: str, algo: str, weights: str) -> dict:  # nothing before it is tuned: the environment's own then
+        found = chosen.get((env, algo, weights))
+        return {"learning_rate": found} if found else {}
+
     def tuned(run: dict, **changes) -> dict:
         run = {**run, **changes}
-        cell = run["env"], run["algo"], run["weights"]
-        return canonical({"learning_rate": chosen.get(cell) or Config.learning_rate, **run})
+        return canonical({**rate(run["env"], run["algo"], run["weights"]), **run})
 
     def variant(run: dict, changes: dict) -> dict:  # at ActFocus' rate, also where it is uniform
-        return canonical({**run, "learning_rate": chosen.get((run["env"], "grpo", "actfocus"))
-                          or Config.learning_rate, **changes})
+        return canonical({**run, **rate(run["env"], "grpo", "actfocus"), **changes})
 
     def bare(run: dict) -> dict:  # its seed and environment, with the paper's weights
         return tuned({"seed": run["seed"], "env": run["env"], "algo": "grpo", "weights": "actfocus"})
@@ -89,7 +91,7 @@ def grids() -> dict[str, Grid]:
         "tune": Grid([canonical(run) for run in tuning_runs()]),
         "main": Grid([tuned(run) for run in grid(SEEDS, GAMES, ("grpo", "ppo"), WEIGHTS)], uniform),
         "ablation": Grid([variant(run, changes) for run in focus for changes in VARIANTS], bare),
-        "rates": Grid([canonical(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, learning_rate=(*RATES, 4e-4))],
+        "rates": Grid([canonical(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, learning_rate=(5e-5, *RATES))],
                       bare),
         "committed": Grid([tuned(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, model=["committed"])], uniform),
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),

@@ -86,35 +86,35 @@ def scores(results, weights, by_rate, **options):
 
 
 def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
-    scores(results, "actfocus", {5e-5: 0.5, 1e-4: 0.6, 2e-4: 0.7})
-    scores(results, "uniform", {5e-5: 0.5, 1e-4: 0.4, 2e-4: 0.3})
+    scores(results, "actfocus", {1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.7})
+    scores(results, "uniform", {1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.3})
     found = experiments.tuning()
-    assert {cell[2]: one["chosen"] for cell, one in found.items()} == {"actfocus": 2e-4, "uniform": 5e-5}
-    assert found["frozenlake", "grpo", "actfocus"]["scores"] == pytest.approx({5e-5: 0.5, 1e-4: 0.6, 2e-4: 0.7})
+    assert {cell[2]: one["chosen"] for cell, one in found.items()} == {"actfocus": 4e-4, "uniform": 2e-4}
+    assert found["frozenlake", "grpo", "actfocus"]["scores"] == pytest.approx({1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.7})
     names = {grid: {name_of(run) for run in one.runs} for grid, one in experiments.grids().items()}
-    assert {"frozenlake-grpo-actfocus-seed0-learning_rate0.0002", "frozenlake-grpo-uniform-seed0-learning_rate5e-05",
+    assert {"frozenlake-grpo-actfocus-seed0-learning_rate0.0004", "frozenlake-grpo-uniform-seed0-learning_rate0.0002",
             "frozenlake-ppo-actfocus-seed0", "sokoban-grpo-actfocus-seed0"} <= names["main"]
     assert {"frozenlake-dapo-uniform-seed0", "frozenlake-grpo-uniform-seed0"} <= names["rivals"]  # one rate for all
     assert "frozenlake-grpo-actfocus-seed0" in names["defaults"]
-    assert {"frozenlake-grpo-actfocus-seed0-alpha0.3-learning_rate0.0002",
-            "frozenlake-grpo-uniform-seed0-learning_rate0.0002"} <= names["ablation"]  # uniform at ActFocus' rate
+    assert {"frozenlake-grpo-actfocus-seed0-alpha0.3-learning_rate0.0004",
+            "frozenlake-grpo-uniform-seed0-learning_rate0.0004"} <= names["ablation"]  # uniform at ActFocus' rate
     main = experiments.grids()["main"]
     pairs = {name_of(run): name_of(main.against(run)) for run in main.runs}
-    assert pairs["frozenlake-grpo-actfocus-seed0-learning_rate0.0002"] == (
-        "frozenlake-grpo-uniform-seed0-learning_rate5e-05")
+    assert pairs["frozenlake-grpo-actfocus-seed0-learning_rate0.0004"] == (
+        "frozenlake-grpo-uniform-seed0-learning_rate0.0002")
 
 
 def test_of_equal_rates_the_smaller_one_is_chosen_and_a_run_that_broke_down_counts_0(results):
-    scores(results, "uniform", {5e-5: 0.4, 1e-4: 0.6, 2e-4: 0.6})
-    scores(results, "actfocus", {5e-5: 0.4, 1e-4: 0.5})
-    scores(results, "actfocus", {2e-4: 0.9}, failure="stopped: the gradient was not finite")
-    assert [one["chosen"] for _, one in sorted(experiments.tuning().items())] == [1e-4, 1e-4]
+    scores(results, "uniform", {1e-4: 0.4, 2e-4: 0.6, 4e-4: 0.6})
+    scores(results, "actfocus", {1e-4: 0.4, 2e-4: 0.5})
+    scores(results, "actfocus", {4e-4: 0.9}, failure="stopped: the gradient was not finite")
+    assert [one["chosen"] for _, one in sorted(experiments.tuning().items())] == [2e-4, 2e-4]
 
 
 def test_nothing_is_chosen_before_all_tuning_runs_are_there_or_from_several_models(results):
-    scores(results, "uniform", {5e-5: 0.4, 1e-4: 0.6})
-    scores(results, "actfocus", {5e-5: 0.4, 1e-4: 0.5})
-    scores(results, "actfocus", {2e-4: 0.9}, digest="another")
+    scores(results, "uniform", {1e-4: 0.4, 2e-4: 0.6})
+    scores(results, "actfocus", {1e-4: 0.4, 2e-4: 0.5})
+    scores(results, "actfocus", {4e-4: 0.9}, digest="another")
     assert [one["chosen"] for one in experiments.tuning().values()] == [None, None]
 
 
