@@ -10,7 +10,6 @@ mean success and the partial correlation given the group's own success. B = P·G
 Differs from the paper: several signals; tiny models; rollouts on levels that training does not use.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from energy import SIGNALS, action_bottleneck, group_means, partial_spearman
 from methods import make_episodes, rollout_settings
 from policy import load_model, load_tokenizer, pick_device
 from rollout import Batch, Trajectory, rollout
+from tables import append_rows
 from train import score_batch
 
 PROMPTS = 256  # P
@@ -96,23 +96,6 @@ def diagnose(config: Config, folder: Path, table: Path | None) -> None:
     if table:
         append_rows(table, [{**about, **row, **checkpoint.provenance(folder)} for row in found])
         print(f"table {table}")
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, in one write, so that processes side by side do not mix their lines.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    header = ",".join(rows[0])
-    if path.exists() and (there := path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")) != header:
-        raise ValueError(f"cannot add to {path}: its columns are not those of this table, but {there[:60]!r}")
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _draw(

@@ -22,7 +22,6 @@ import numpy as np
 import checkpoint
 import plots
 from config import Config, departures, of_run
-from diagnosis import append_rows
 from envs import ENVS, oracle_player, random_player
 from methods import env_options
 from metrics import bootstrap_interval, mean_interval
@@ -236,6 +235,23 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     print(*result_rows(runs), f"plot {curves}", sep="\n")
     print(f"plot {gradient}" if gradient else "no plot of the gradient: no run here has --weights actfocus")
     print(f"table {table}")
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add rows to a CSV file, in one write, so that processes side by side do not mix their lines.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    header = ",".join(rows[0])
+    if path.exists() and (there := path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")) != header:
+        raise ValueError(f"cannot add to {path}: its columns are not those of this table, but {there[:60]!r}")
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_table(path: Path) -> list[dict]:
