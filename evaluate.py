@@ -15,7 +15,6 @@ P prompts, G rollouts each, B = P·G rows, T tokens.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -56,6 +55,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
         if not todo["html"]:
             raise ValueError("--beside: needs --html PAGE, the page to write")
         todo["beside"] = settings_of(Path(todo["beside"]), given)
+    if todo["floors"]:
+        todo["floors"] = [settings_of(Path(folder), {**given, "env": env})[0] for env in ENVS]
     return todo, *settings_of(Path(folder), given)
 
 
@@ -84,11 +85,11 @@ def report(config: Config, folder: Path) -> None:
         print(f"{name:>14}: {describe(part)}, return {part['return_mean']:.2f}")
 
 
-def floors(config: Config) -> None:
+def floors(configs: Sequence[Config]) -> None:
     """What chance and the solver reach on the evaluation levels of every environment."""
-    for env in ENVS:
+    for config in configs:
         for name, player in (("random floor", random_player), ("oracle ceiling", oracle_player)):
-            print(f"{env:>10}, {name:>14}: {describe(evaluate_player(replace(config, env=env), player))}")
+            print(f"{config.env:>10}, {name:>14}: {describe(evaluate_player(config, player))}")
 
 
 def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if todo["plot"]:
             tables.compare(todo["plot"], Path(config.output_dir or "runs"))
         elif todo["floors"]:
-            floors(config)
+            floors(todo["floors"])
         elif todo["bench"]:
             bench(config)
         elif todo["bottleneck"]:

@@ -29,7 +29,8 @@ from tables import (
 
 Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
 GRIDS = ("defaults", "main", "ablation", "rates", "committed", "rivals", "other")
-LEARNING = {"defaults": "defaults.png", "main": "learning.png", "rivals": "rivals.png"}
+PICTURES = {"defaults": "defaults.png", "main": "learning.png", "rivals": "rivals.png",
+            "differences": "differences.png", "diagnosis": "diagnosis.png"}  # each at the top of its part of the page
 KEY = ("model", "model_sha256", "env", "step", "seed", "signal", "tokens")  # of a row of diagnosis.csv
 
 
@@ -55,27 +56,27 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     write_table(results / "differences.csv", differences)
     parts = {grid: settings_table(rows) + differences_table([d for d in differences if d["grid"] == grid])
              for grid, rows in settings.items()}
-    parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis)}
+    parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis), "differences": []}
+    drawn = figures(results, members, differences, diagnosis)
+    for name, picture in PICTURES.items():
+        if results / picture in drawn:
+            parts[name] = [f"![{name}]({picture})", "", *parts[name]]
     page = results / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    return [f"{len(runs)} runs, tables in {results}", *figures(results, members, differences, diagnosis)]
+    return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
 
 
-def figures(results: Path, members: dict[str, list[Run]], differences: list[dict], diagnosis: list[dict]) -> list[str]:
+def figures(results: Path, members: dict[str, list[Run]], differences: list[dict], diagnosis: list[dict]) -> list[Path]:
     """Learning curves of three grids, gradient mass, paired differences of all grids, the diagnosis along training."""
-    drawn = []
-    folders = {grid: [results / "runs" / run.name for run in members.get(grid, [])] for grid in LEARNING}
-    for grid, picture in LEARNING.items():
-        if folders[grid]:
-            drawn.append(plots.learning_curves(folders[grid], results / picture))
-    if folders["main"]:
-        drawn.append(plots.gradient_mass(folders["main"], results / "gradient.png"))
+    folders = {grid: [results / "runs" / run.name for run in runs] for grid, runs in members.items()}
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
-    if final:
-        drawn.append(plots.differences(final, results / "differences.png"))
-    if diagnosis:
-        drawn.append(plots.diagnosis(diagnosis, results / "diagnosis.png"))
-    return [f"plot {path}" for path in drawn if path]
+    wanted = [*((folders.get(grid), plots.learning_curves, PICTURES[grid]) for grid in ("defaults", "main", "rivals")),
+              (folders["main"], plots.gradient_mass, "gradient.png"),
+              (final, plots.differences, PICTURES["differences"]),
+              (diagnosis, plots.diagnosis, PICTURES["diagnosis"])]
+    for _, _, picture in wanted:
+        (results / picture).unlink(missing_ok=True)
+    return [path for rows, draw, picture in wanted if rows and (path := draw(rows, results / picture))]
 
 
 def fill(text: str, parts: dict[str, list[str]]) -> str:
@@ -165,7 +166,7 @@ def diagnosis_table(rows: Sequence[dict]) -> list[str]:
             body.append([env, model, digest, step, seed, groups, success, share, tokens, *cells])
     head = ["env", "model", "weights", "step", "seed", "groups x G", "mean success", "action tokens %", "tokens",
             *SIGNALS]
-    return ["![ρ of action tokens against mean success](diagnosis.png)", "", *markdown(head, body)] if body else []
+    return markdown(head, body) if body else []
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
