@@ -25,7 +25,6 @@ ELSEWHERE = {  # how a command begins: the file that runs it and the words it do
     "torchrun --nproc_per_node": (".ci/run", "torchrun --nproc_per_node 2 train.py --preset smoke"),
     "python warmstart.py": (".ci/run", "python warmstart.py --shrink"),
     "python evaluate.py --bench": ("tests/test_evaluate.py", '"--bench"'),
-    "python evaluate.py --bottleneck": ("tests/test_diagnosis.py", '"--bottleneck"'),
     "python evaluate.py models/tiny --bottleneck": ("tests/test_diagnosis.py", '"--bottleneck"'),
     "python evaluate.py models/tiny --env": ("tests/test_diagnosis.py", '"--bottleneck"'),
     "pytest": (".ci/run", "\npytest --quiet\n"),
