@@ -57,7 +57,7 @@ def test_pairing_takes_out_what_seeds_have_in_common():
     assert found["low"] == pytest.approx(0.05) and found["high"] == pytest.approx(0.05)
 
 
-def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only():
+def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only(tmp_path):
     focus = [make_run([0.2, 0.5 + 0.1 * seed], seed) for seed in range(3)]
     uniform = [make_run([0.2, 0.4], seed, weights="uniform") for seed in range(3)]
     assert is_pair(focus[0], uniform[0]) and is_pair(focus[0], make_run([1.0], learning_rate=2e-4, algo="ppo"))
@@ -71,6 +71,9 @@ def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only
     assert final["mean"] == pytest.approx(0.15)  # (.1 + .2) / 2
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
     assert difference_rows("main", [(focus[0], focus[0])]) == []
+    (tmp_path / "rivals.png").touch()  # of runs that are no more
+    assert report.figures(tmp_path, {"main": []}, rows, []) == [tmp_path / "differences.png"] == [*tmp_path.iterdir()]
+    assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_are_pooled_only_where_all_but_the_seed_is_the_same():
