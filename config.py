@@ -143,10 +143,9 @@ PRESETS = {
                   short_pages=False, num_generations=16, eval_steps=10, eval_prompts=32, eval_samples=16),
 }
 _LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
-_SLOW = dict(mini_batch_size=16)  # twice the optimiser steps, where episodes of a thousand tokens make few batches
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": {"sokoban": dict(max_steps=40), "sudoku": _LONG["sudoku"] | _SLOW | dict(learning_rate=3e-4),
-               "webshop": _LONG["webshop"] | _SLOW | dict(max_steps=20)},
+    "laptop": _LONG | {"sokoban": dict(max_steps=40),
+                       "webshop": _LONG["webshop"] | dict(max_steps=20, mini_batch_size=16)},
     "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
                               eval_samples=1)},
