@@ -144,7 +144,7 @@ PRESETS = {
 }
 _LONG = {"sudoku": dict(max_context=1536), "webshop": dict(max_context=2048, results_per_page=4)}
 BY_ENV = {  # what a preset sets for one environment
-    "laptop": _LONG | {"sokoban": dict(max_steps=40),
+    "laptop": _LONG | {"sokoban": dict(max_steps=40), "sudoku": _LONG["sudoku"] | dict(max_steps=40),
                        "webshop": _LONG["webshop"] | dict(max_steps=20, mini_batch_size=16)},
     "smoke": _LONG,
     "paper": {"webshop": dict(num_prompts=16, num_generations=8, max_steps=100, max_context=8192, eval_prompts=256,
