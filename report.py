@@ -29,8 +29,13 @@ from tables import (
 
 Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
 GRIDS = ("defaults", "main", "ablation", "rates", "committed", "rivals", "other")
-PICTURES = {"defaults": "defaults.png", "main": "learning.png", "rivals": "rivals.png",
-            "differences": "differences.png", "diagnosis": "diagnosis.png"}  # each at the top of its part of the page
+PICTURES = {  # each at the top of its part of the page, with what it shows
+    "defaults": ("defaults.png", "Learning curves of the defaults on each game"),
+    "main": ("learning.png", "Learning curves of PPO and GRPO, with ActFocus and with uniform weights"),
+    "rivals": ("rivals.png", "Learning curves of the seven methods"),
+    "differences": ("differences.png", "Paired differences in final success, with intervals"),
+    "diagnosis": ("diagnosis.png", "Correlation of energy and spread of returns along training"),
+}
 KEY = ("model", "model_sha256", "env", "step", "seed", "signal", "tokens")  # of a row of diagnosis.csv
 
 
@@ -58,9 +63,9 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
              for grid, rows in settings.items()}
     parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis), "differences": []}
     drawn = figures(results, members, differences, diagnosis)
-    for name, picture in PICTURES.items():
+    for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
-            parts[name] = [f"![{name}]({picture})", "", *parts[name]]
+            parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
     page = results / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
     return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
@@ -70,10 +75,12 @@ def figures(results: Path, members: dict[str, list[Run]], differences: list[dict
     """Learning curves of three grids, gradient mass, paired differences of all grids, the diagnosis along training."""
     folders = {grid: [results / "runs" / run.name for run in runs] for grid, runs in members.items()}
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
-    wanted = [*((folders.get(grid), plots.learning_curves, PICTURES[grid]) for grid in ("defaults", "main", "rivals")),
-              (folders["main"], plots.gradient_mass, "gradient.png"),
-              (final, plots.differences, PICTURES["differences"]),
-              (diagnosis, plots.diagnosis, PICTURES["diagnosis"])]
+    drawn = {"defaults": (folders.get("defaults"), plots.learning_curves),
+             "main": (folders["main"], plots.learning_curves),
+             "rivals": (folders.get("rivals"), plots.learning_curves),
+             "differences": (final, plots.differences), "diagnosis": (diagnosis, plots.diagnosis)}
+    wanted = [(*drawn[name], picture) for name, (picture, _) in PICTURES.items()]
+    wanted.append((folders["main"], plots.gradient_mass, "gradient.png"))
     for _, _, picture in wanted:
         (results / picture).unlink(missing_ok=True)
     return [path for rows, draw, picture in wanted if rows and (path := draw(rows, results / picture))]

@@ -47,7 +47,7 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FIRST_SEED = 2**40  # levels of the warm start: far from those of training and evaluation
 STAGES = (  # learning rate, then steps and each game's probability of an optimal move, in the order of GAMES
     (1.5e-3, ((1700, (1.0, 1.0, 1.0, 1.0)), (400, (0.4, 0.4, 0.4**0.5, 0.4**0.5)))),
-    (5e-4, ((300, (0.15, 0.15, 0.15**0.5, 0.15**0.5)),)),  # each stage starts its optimiser anew
+    (5e-4, ((300, (0.15, 0.15, 0.15**0.75, 0.15**0.5)),)),  # each stage starts its optimiser anew
 )
 SAMPLED = dict(zip(GAMES, (0.5, 0.5, 0.5**0.5, 0.5**0.5), strict=True))  # players whose words make the tokenizer
 ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning token
