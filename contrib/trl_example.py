@@ -123,6 +123,14 @@ def build(config: Config, log: Path | None = None, processes: int = 1, **options
     return trainer
 
 
+def finish(trainer: GRPOTrainer) -> None:
+    """Leave the process group in order: a process that just ends can abort the others' gloo threads."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = None  # Careful: what wraps the model must go before the group, or it waits for ever
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 def main() -> None:
     """Evaluate, train, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -145,8 +153,7 @@ def main() -> None:
             print(f"after {done} iterations: {describe(result)}", flush=True)
             if args.log:
                 append_line(args.log.with_suffix(".eval.jsonl"), {"iterations": done, **result})
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process that just ends can abort the others
+    finish(trainer)
 
 
 if __name__ == "__main__":

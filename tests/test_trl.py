@@ -27,10 +27,11 @@ ONE_MINI_BATCH = MICRO | {"gradient_accumulation_steps": 4}
 TWO_MINI_BATCHES = MICRO | {"gradient_accumulation_steps": 2}
 
 SCRIPT = """
+import gc
 import sys
 from dataclasses import replace
 import torch
-from contrib.trl_example import Player, build
+from contrib.trl_example import Player, build, finish
 from test_trl import CONFIG, ONE_MINI_BATCH, parameters
 
 class Shared(Player):
@@ -48,9 +49,9 @@ trainer.rollout_func = Shared(CONFIG)
 trainer.train()
 if trainer.accelerator.is_main_process:
     torch.save(parameters(trainer), sys.argv[1] + "/" + sys.argv[2])
-if torch.distributed.is_initialized():  # Careful: a process that just ends can abort the others' gloo threads
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+finish(trainer)
+wrappers = [one for one in gc.get_objects() if isinstance(one, torch.nn.parallel.DistributedDataParallel)]
+assert not wrappers and not torch.distributed.is_initialized()
 """
 
 
