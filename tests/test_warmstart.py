@@ -172,6 +172,6 @@ def test_the_committed_model_wins_less_than_half_the_time(episodes):
 
 
 def test_the_committed_model_crosses_the_lake_more_often_than_chance():
-    settings = train.Config(eval_prompts=48, eval_samples=2)
+    settings = train.Config()
     result, _ = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))
     assert train.evaluate_player(settings, random_player)["success"] < result["success"] < 0.5
