@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The first </think> closes the thought; what stands inside it, an <answer> too, is thought.
+# The first </think> closes the thought; what stands inside it, an <answer> too, is thought. (?>…) is never tried again:
+# where no <answer> follows that first </think>, there is no match.
 RESPONSE = re.compile(r"\s*<think>(?>.*?</think>)\s*<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -95,8 +96,9 @@ def policy_loss(
 
         L = -(1 / Σₜ wₜ) · Σₜ wₜ · min(ρₜ Aₜ, clip(ρₜ, 1 - ε_low, 1 + ε_high) Aₜ)      ρₜ = exp(log πₜ - log π_oldₜ)
 
-    Σ wₜ in the denominator: weights move gradient between tokens and leave its scale alone. All weights 1 is PPO's
-    loss as a mean over tokens. Where nothing is clipped the gradient is Eq. (7).
+    Σ wₜ in the denominator: a factor common to all weights cancels. All weights 1 is PPO's loss as a mean over tokens.
+    Where nothing is clipped the gradient is Eq. (7). Its norm does depend on where the weight lies: the tiny model's
+    first step on FrozenLake is 2.9 times as long with ActFocus as with uniform weights.
 
     Careful: at ρ = 1 the loss is minus the weighted mean of centred advantages, near 0; its gradient is not.
 

@@ -1,10 +1,11 @@
 """Every setting of a run, its limits, its presets, and the command line made of them.
 
-A field of `Config` is a flag of train.py and evaluate.py. Its comment says what it is, its symbol and its source:
-§5.1 of the paper (arXiv:2605.14558v1), or "ours" with the reason.
+A field of `Config` is a flag of train.py and evaluate.py. Its comment, which is also its --help, says what it is, its
+symbol and its source: §5.1 of the paper (arXiv:2605.14558v1), or "ours" with the reason.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -94,6 +95,7 @@ class Config:
     webshop_data: str = ""  # WebShop: folder of the official files; by default the built-in shop
     results_per_page: int = within(1, 50, 10)  # WebShop: results a page
     title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that are shown, 0: all
+    webshop_strict: bool = False  # WebShop: the reward is 1 for a score of 1 and else 0, instead of the score
     short_pages: bool = True  # WebShop: every button once, the goal on the search page only; ours, for the tiny model
     eval_steps: int = within(1, HUGE, 5)  # steps between evaluations; ours, paper 10
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
@@ -175,9 +177,11 @@ class Parser(argparse.ArgumentParser):
 def config_parser(description: str) -> Parser:
     """A flag per field of `Config`; only flags that were given reach the namespace. --flag alone is --flag true."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
     for f in fields(Config):
         kind = dict(type=_boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", help=f"default {f.default!r}", **kind)
+        choices = f"; one of {', '.join(f.metadata['allowed'])}" if "allowed" in f.metadata else ""
+        parser.add_argument(f"--{f.name}", help=f"{comments[f.name]}{choices}; default {f.default!r}", **kind)
     return parser
 
 

@@ -13,7 +13,6 @@ Differs from the paper: several signals; tiny models; rollouts on levels that tr
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ import plots
 from ablation import weight_signal
 from actfocus import token_weights
 from config import Config
-from energy import SIGNALS, action_bottleneck, group_means, partial_spearman
+from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman
 from methods import make_episodes, rollout_settings
 from policy import load_model, load_tokenizer, pick_device
 from rollout import Batch, Trajectory, rollout
@@ -62,7 +61,7 @@ def correlations(
         returns, success: (B,) R(τ), and 1 where the episode was solved.   group_size: G.
     """
     masks = dict(zip(CLASSES, (is_action, is_reasoning, is_action | is_reasoning), strict=True))
-    return_std = returns.double().view(-1, group_size).std(1).numpy()  # σ_g, (P,)
+    return_std = group_spread(returns, group_size)
     solved, rows = success.double().view(-1, group_size).mean(1).numpy(), []
     for signal, values in signals.items():
         found = action_bottleneck(values, is_action, is_reasoning, returns, group_size)
@@ -106,7 +105,7 @@ def _draw(
     means = {name: group_means(energy, mask, config.num_generations) for name, mask in masks.items()}
     numbers = {f"{key}_{row['tokens']}": row[key] for row in found if row["signal"] == "energy" for key in ("rho", "p")}
     out = folder.parent / "plots" if of_run else Path("runs") / "bottleneck"
-    return_std: np.ndarray = batch.returns.view(-1, config.num_generations).std(1).numpy()
+    return_std = group_spread(batch.returns, config.num_generations)
     yield plots.bottleneck(numbers, means, return_std, out / f"bottleneck-{config.env}-{folder.name}.png")
     if batch.is_action.any():
         weights = token_weights(energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)[batch.is_action]

@@ -32,7 +32,7 @@ def token_energy(logits: Tensor) -> Tensor:
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits); the ablation's signal with f_ref.
+    """Entropy of softmax(logits): of the policy's for the entropy bonus; of f_ref's it is a signal of the ablation.
 
         Hₜ = -Σᵥ pᵥ log pᵥ
 
@@ -84,13 +84,18 @@ def action_bottleneck(
         raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (energy, is_action, is_reasoning, returns)]}")
     if (is_action & is_reasoning).any():
         raise ValueError(f"{(is_action & is_reasoning).sum()} tokens are both action and reasoning")
-    return_std = returns.double().view(-1, group_size).std(1).numpy()  # σ_g, (P,)
+    return_std = group_spread(returns, group_size)
     is_response = is_action | is_reasoning
     result = {"num_groups": len(return_std),
               "action_fraction": (is_action.sum() / is_response.sum().clamp(min=1)).item()}
     for name, mask in (("action", is_action), ("reasoning", is_reasoning), ("response", is_response)):
         result[f"rho_{name}"], result[f"p_{name}"] = spearman(group_means(energy, mask, group_size), return_std)
     return result
+
+
+def group_spread(returns: Tensor, group_size: int) -> np.ndarray:
+    """(P,) σ_g, std of each group's returns with G - 1; equal spreads are equal, whatever the rounding of their std."""
+    return returns.double().view(-1, group_size).std(1).numpy().round(9)
 
 
 def group_means(signal: Tensor, mask: Tensor, group_size: int) -> np.ndarray:

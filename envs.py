@@ -344,11 +344,13 @@ class Episode:
     invalid_turns: int = 0
     done: bool = False
     success: bool = False
+    purchased: bool | None = None  # WebShop: whether anything was bought
 
     def __post_init__(self):
         if self.style not in ("brief", "paper"):
             raise ValueError(f"unknown prompt style {self.style!r}: choose from brief, paper")
-        self.observation, _ = self.env.reset(self.seed, self.replica)
+        self.observation, info = self.env.reset(self.seed, self.replica)
+        self.purchased = info.get("purchased")
 
     @property
     def return_(self) -> float:
@@ -386,7 +388,8 @@ class Episode:
         for part in parts[: self.env.actions_per_turn]:
             self.observation, gained, terminated, truncated, info = self.env.step(part)
             reward, valid = reward + gained, valid or info["valid"]
-            self.success, self.done = info["success"], terminated or truncated
+            self.success, self.purchased = info["success"], info.get("purchased")
+            self.done = terminated or truncated
             if self.done:
                 break
         self.invalid_turns += not valid

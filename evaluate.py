@@ -38,8 +38,11 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     """What to do, the settings, and the model folder to look at."""
     parser = config_parser(__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="run, checkpoint, model folder or hub name; by default --model")
-    for name in ("show_tokens", "bottleneck", "bench", "floors"):
-        parser.add_argument(f"--{name}", action="store_true", default=False)
+    for name, what in (("show_tokens", "print two episodes, every token coloured by class and weight"),
+                       ("bottleneck", "Figures 1 and 2: does a class's energy go with the spread of returns?"),
+                       ("bench", "time and memory, as ratios to bare work of the same model"),
+                       ("floors", "random player and oracle on all four games")):
+        parser.add_argument(f"--{name}", action="store_true", default=False, help=what)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
     parser.add_argument("--csv", type=Path, metavar="TABLE", help="with --bottleneck: append its rows to this file")
@@ -125,8 +128,6 @@ def _paint(kind: str, weight: float, beta: float, text: str) -> str:
     reds = (224, 217, 210, 203, 196)  # of the terminal's 256 colours, from pale to full red
     code = {"prompt": "2", "reasoning": "34"}.get(kind) or f"30;48;5;{reds[viewer.intensity(True, weight, beta)]}"
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:

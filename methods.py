@@ -110,7 +110,17 @@ def env_options(config: Config) -> dict:
             "frozenlake": dict(success_rate=config.success_rate, frozen=config.frozen),
             "sudoku": dict(level=config.sudoku_level, hints=config.hints),
             "webshop": dict(data=config.webshop_data or None, results_per_page=config.results_per_page,
-                            title_words=config.title_words, short_pages=config.short_pages)}[config.env]
+                            title_words=config.title_words, strict=config.webshop_strict,
+                            short_pages=config.short_pages)}[config.env]
+
+
+def evaluation_levels(config: Config) -> range:
+    """Levels 0, 1, …, refused where WebShop has not as many test goals: one met twice is no news."""
+    goals = len(build_env(config).parts["test"]) if config.env == "webshop" else config.eval_prompts
+    if config.eval_prompts > goals:
+        raise ValueError(f"--eval_prompts {config.eval_prompts}: this shop has {goals} test goals; choose at most as "
+                         "many, or the official files with --webshop_data")
+    return range(config.eval_prompts)
 
 
 def prefix_tree(rows: Sequence[Trajectory]) -> tuple[list[int], list[list[int]]]:

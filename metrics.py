@@ -20,7 +20,7 @@ def rollout_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
     returns = np.array([episode.return_ for episode in episodes])
     groups = {}
     for episode, value in zip(episodes, returns, strict=True):
-        groups.setdefault(episode.seed, set()).add(value)
+        groups.setdefault(episode.seed, set()).add(np.float32(value))  # as advantages see them: 0.1 + 0.2 is 0.3
     turns = sum(len(episode.rewards) for episode in episodes)
     return {
         "trajectories": len(rows),
@@ -64,11 +64,13 @@ def clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: f
 
 
 def summary(episodes: Sequence[Episode], samples: int) -> dict:
-    """Success, its 95 % interval, mean return and n."""
+    """Success, its 95 % interval, mean return and n; of WebShop the share of episodes that bought anything, too."""
     success = np.array([episode.success for episode in episodes], dtype=float).reshape(-1, samples)
     low, high = success_interval(success)
+    bought = [episode.purchased for episode in episodes if episode.purchased is not None]
     return {"success": float(success.mean()), "low": low, "high": high, "prompts": len(success), "n": success.size,
-            "return_mean": float(np.mean([episode.return_ for episode in episodes]))}
+            "return_mean": float(np.mean([episode.return_ for episode in episodes])),
+            **({"purchased": float(np.mean(bought))} if bought else {})}
 
 
 def success_interval(success: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
@@ -104,4 +106,5 @@ def describe(result: dict) -> str:
     """An evaluation in one line."""
     success, low, high = (100 * result[key] for key in ("success", "low", "high"))
     return (f"success {success:.1f} %, 95 % interval [{low:.1f}, {high:.1f}], "
-            f"n = {result['n']} episodes on {result['prompts']} levels")
+            f"n = {result['n']} episodes on {result['prompts']} levels"
+            + (f", purchased in {100 * result['purchased']:.1f} %" if "purchased" in result else ""))

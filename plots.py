@@ -49,7 +49,7 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
 
 
 def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
-    """Runs that differ in seed or length only, under (env, algo, label): its weights, and what else tells it apart."""
+    """Runs that differ in seed only, under (env, algo, label): its weights, and what else tells it apart."""
     alike: dict[tuple, dict[Path, set]] = {}
     for run in runs:
         config = of_run(run)
@@ -58,7 +58,7 @@ def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
     for (env, algo, weights), members in alike.items():
         common = set.intersection(*members.values())
         for run, own in members.items():
-            rest = sorted(f"{name} {value}" for name, value in own - common if name != "max_steps")
+            rest = sorted(f"{name} {value}" for name, value in own - common)
             groups.setdefault((env, algo, ", ".join([weights, *rest])), []).append(run)
     return dict(sorted(groups.items()))
 
@@ -68,7 +68,7 @@ def _curve(ax, members: Sequence[Path], label: str, colour: str) -> str:
     tables = [read_lines(run / "eval.jsonl") for run in members]
     steps = [row["step"] for row in max(tables, key=len)]
     success = np.array([[row["success"] for row in table + table[-1:] * (len(steps) - len(table))]
-                        for table in tables])  # (seeds, evaluations); of a run that broke down the last one stays
+                        for table in tables])  # (seeds, evaluations); of a run that ended early the last one stays
     if len(members) == 1:
         metrics = read_lines(members[0] / "metrics.jsonl")
         ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.3, lw=0.8)

@@ -101,7 +101,7 @@ def fill(text: str, parts: dict[str, list[str]]) -> str:
 
 
 def settings_table(rows: Sequence[dict]) -> list[str]:
-    """Markdown: a row a setting, and below it what they were made with."""
+    """Markdown: a row a setting, and below it the games' settings and what the runs were made with."""
     if not rows:
         return []
     letters: dict[tuple, str] = {}
@@ -119,7 +119,8 @@ def settings_table(rows: Sequence[dict]) -> list[str]:
     names = *MADE_WITH, "first weights"
     notes = [f"- {letter}: " + ", ".join(f"{name} {value}" for name, value in zip(names, made, strict=True)
                                          if value not in ("", "None")) for made, letter in letters.items()]
-    return [*markdown(head, body), "", *notes]
+    games = sorted({f"- {row['env']}: {row['game']}" for row in rows})
+    return [*markdown(head, body), "", *games, *notes]
 
 
 def differences_table(rows: Sequence[dict]) -> list[str]:

@@ -35,7 +35,7 @@ class Trajectory:
     episode: Episode
     tokens: list[int]
     is_response: list[bool]
-    is_action: list[bool]
+    is_action: list[bool]  # shorter by the response in progress, whose classes `close` appends
     logp: list[float]  # log π_old at the sampling temperature, nats
     entropy: list[float]  # of π_old, nats
     score_norm: list[float]  # ‖∇ log π_old(yₜ)‖ with respect to the logits
@@ -261,11 +261,10 @@ def play_on(
     may_end, draw = _may_end(tokenizer), _noise(generator, rows)
     writing = live = len(order)
     while live:
-        if live - writing >= max(writing, 1) / 2 or not writing:  # enough readers: let them read together
+        if 2 * (live - writing) >= writing:  # enough readers: let them read together
             new = [pending.pop(id(row)) for row in order[writing:live]]
             seen = [len(row.tokens) - len(ids) for row, ids in zip(order[writing:live], new, strict=True)]
-            read = engine.forward(new, writing, seen) if new else logits[:0]
-            logits, writing = torch.cat([logits, read]), live
+            logits, writing = torch.cat([logits, engine.forward(new, writing, seen)]), live
         ended = _write(order[:writing], logits, temperature, draw, may_end, tokenizer, max_response_tokens)
         for slot in reversed(ended):
             row, writing = order[slot], writing - 1

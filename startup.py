@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import smollm2
 import warmstart
 from actfocus import classify_tokens
 from checkpoint import State
 from config import CRITIC, Config
 from lora import AdapterOff, add_lora
 from memory import memory_line
-from methods import env_options, make_episodes
+from methods import build_env, env_options, evaluation_levels, make_episodes
 from policy import (
     Critic,
     load_critic,
@@ -33,6 +32,7 @@ from policy import (
     turn_text,
 )
 from rollout import token_pieces
+from smollm2 import cache_folder, source_model
 
 
 def start_model(config: Config) -> str:
@@ -40,22 +40,14 @@ def start_model(config: Config) -> str:
     name = source_model(config)
     if not config.warmstart_steps:
         return name
-    how = env_options(config), config.warmstart_steps, config.warmstart_learning_rate, config.dtype
-    digest = hashlib.sha256(repr((name, config.env, *how)).encode()).hexdigest()[:8]
+    env = build_env(config)
+    how = (config.env, env_options(config), env.max_turns, env.actions_per_turn, env.max_actions, config.prompt_style,
+           config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
+    digest = hashlib.sha256(repr((name, *how)).encode()).hexdigest()[:8]
     folder = cache_folder(config) / f"{Path(name).name}-{config.env}-{digest}"
     if not folder.is_dir():  # one start for all seeds of a comparison
-        warmstart.bring_to_format(name, folder, config.env, *how, pick_device(config.device))
+        warmstart.bring_to_format(config, name, folder)
     return str(folder)
-
-
-def source_model(config: Config) -> str:
-    """Folder or hub name of --model before any warm start."""
-    return str(smollm2.model_folder(cache_folder(config))) if config.model == "smollm2" else config.model
-
-
-def cache_folder(config: Config) -> Path:
-    """Where models are kept that were made on this machine."""
-    return Path(config.cache_dir or Path.home() / ".cache" / "actfocus")
 
 
 def build_state(config: Config) -> State:
@@ -89,7 +81,7 @@ def set_up_learning(config: Config, model: PreTrainedModel) -> None:
 def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a chat template that cannot be followed, and prompts that leave no room for a response."""
     turn_text(tokenizer, "")
-    levels = make_episodes(config, range(config.eval_prompts), 1)
+    levels = make_episodes(config, evaluation_levels(config), 1)
     texts = [opening_text(tokenizer, level.system(), level.user()) for level in levels]
     prompt = max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
     if prompt + config.max_response_tokens > config.max_context:
@@ -105,8 +97,8 @@ def dry_run(config: Config) -> None:
     check_prompts(config, tokenizer)
     print(memory_line(config, name))
     print("a level of several turns: ·token·token·, ⟦action token⟧; everything else of a response is reasoning")
-    options = 1.0, tokenizer, env_options(config), config.prompt_style
-    played = (warmstart.transcript(config.env, level, *options) for level in count())
+    played = (warmstart.transcript(config.env, level, 1.0, tokenizer, build_env(config), config.prompt_style)
+              for level in count())
     for text, is_response in next(parts for parts in played if len(parts) > 2):
         ids = tokenizer.encode(text, add_special_tokens=False)
         pieces = token_pieces(tokenizer, ids)

@@ -93,8 +93,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[s
 
 def is_pair(run: Run, other: Run) -> bool:
     """Whether two runs met the same levels from the same weights, and were evaluated alike."""
-    digests = {each.about.get("model_sha256") for each in (run, other)}
-    return len(digests) == 1 and all(getattr(run.config, name) == getattr(other.config, name) for name in SHARED)
+    starts = {(Path(each.config.model).name, each.about.get("model_sha256")) for each in (run, other)}
+    return len(starts) == 1 and all(getattr(run.config, name) == getattr(other.config, name) for name in SHARED)
 
 
 def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
@@ -108,7 +108,7 @@ def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
     for name, player in players.items():
         if (config.env, name, key) not in known:
             result = evaluate_player(config, player)
-            append_rows(table, [{"env": config.env, "player": name, **result, "settings": key}])
+            append_rows(table, [{"env": config.env, "player": name, "purchased": None, **result, "settings": key}])
             known[config.env, name, key] = result["success"]
     floor, ceiling = (known[config.env, name, key] for name in players)
     return floor, ceiling
@@ -120,7 +120,8 @@ def run_row(run: Run, floors: Path) -> dict:
     floor, ceiling = floor_and_ceiling(run.config, floors)
     last = run.evaluations[-1]
     return {"run": run.name, "env": env, "algo": algo, "weights": weights, "seed": run.config.seed,
-            "settings": label(rest), "learning_rate": rate, "steps": last["step"], "max_steps": steps,
+            "game": label(env_options(run.config).items()), "settings": label(rest), "learning_rate": rate,
+            "steps": last["step"], "max_steps": steps,
             "levels": last["prompts"], "n": last["n"], **measures(run, ceiling), "final_low": last["low"],
             "final_high": last["high"], "floor": floor, "ceiling": ceiling, "minutes": minutes(run),
             "failure": run.failure, "model_sha256": digest, **{name: run.about.get(name) for name in MADE_WITH},
@@ -167,7 +168,7 @@ def setting_row(runs: Sequence[Run], floors: Path) -> dict:
     low, high = seed_interval(runs, "final")
     means = {name: statistics.mean(row[name] for row in rows) for name in ("before", *MEASURES, "minutes")}
     several = {name: " ".join(sorted({str(row[name]) for row in rows})) for name in ("n", *MADE_WITH, "model_sha256")}
-    return {**{name: first[name] for name in ("env", "algo", "weights", "settings", "learning_rate")},
+    return {**{name: first[name] for name in ("env", "game", "algo", "weights", "settings", "learning_rate")},
             "seeds": " ".join(str(row["seed"]) for row in rows),
             "steps": "-".join(map(str, sorted({row["steps"] for row in rows}))), **means, "final_low": low,
             "final_high": high, "reached_80": len(reached), "to_80": statistics.mean(reached) if reached else None,
@@ -222,7 +223,7 @@ def evaluation_rows(runs: Iterable[Run]) -> list[dict]:
         chosen = {name: getattr(run.config, name) for name in ("env", "algo", "weights", "seed", "learning_rate")}
         chosen |= {"run": run.name, "settings": label(run.setting[3])}
         chosen |= {name: run.about.get(name) for name in ("commit", "torch", "threads")}
-        rows += [{**chosen, **line} for line in run.evaluations]
+        rows += [{**chosen, "purchased": None, **line} for line in run.evaluations]
     return rows
 
 

@@ -34,7 +34,7 @@ from checkpoint import State
 from config import Config, parse
 from envs import oracle_player, play, random_player
 from memory import EVALUATED, advice, is_out_of_memory, memory_line
-from methods import METHODS, all_ranks, build_env, make_episodes, noise
+from methods import METHODS, all_ranks, build_env, evaluation_levels, make_episodes, noise
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
 from policy import (
     TokenScores,
@@ -108,14 +108,13 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
         for rows in order:
             batch.weights[rows] = weigh(config, batch, rows)
     minis = [mini for rows in order if (mini := batch.take(rows)).is_response.any()]
-    sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max", "kl"), 0.0)
+    sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max"), 0.0)
     norms, skipped, over_kl = [], state.skipped, 0
     for number, mini in enumerate(minis):
         if config.whiten_mini_batches:
             mini.advantages = whiten(mini.advantages, mini.is_response)
-        sums["kl"] = 0.0  # to π_old, of this mini-batch alone
-        add_gradients(config, state, mini, sums, first=number == 0)
-        too_far = 0 < config.max_kl < sums["kl"]
+        kl = add_gradients(config, state, mini, sums, first=number == 0)
+        too_far = 0 < config.max_kl < kl
         over_kl += too_far
         norms.append(optimizer_step(config, state, policy_too=not too_far))
     sums = parallel.total(sums)
@@ -128,12 +127,12 @@ def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
             "skipped_steps": state.skipped - skipped, "over_kl_steps": over_kl}
 
 
-def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, float], first: bool) -> None:
+def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, float], first: bool) -> float:
     """Loss and gradient of one mini-batch, a micro-batch at a time; every mean is over the whole mini-batch.
 
-    Each rank adds its rows' share to `sums`; the gradients and the KL are those of all ranks.
+    Each rank adds its rows' share to `sums`; the gradients, and the k3 KL to π_old it returns, are those of all ranks.
     """
-    total_weight, tokens = mini.weights.sum().item(), int(mini.is_response.sum())
+    total_weight, tokens, kl = mini.weights.sum().item(), int(mini.is_response.sum()), 0.0
     for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
         part = mini.take(rows, state.policy.device)
         with precision(config.dtype, state.policy.device):
@@ -154,10 +153,10 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
         if first:  # before the first optimiser step π_θ is π_old, so the ratio must be 1
             sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().max().item())
         sums["clipped"] += clipped(log_ratio, part.advantages, config.clip_low, config.clip_high)
-        sums["kl"] += kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3").sum().item() / tokens
-    sums["kl"] = sum(parallel.gather(sums["kl"]))
+        kl += kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3").sum().item() / tokens
     for model in (state.policy, state.critic) if state.critic else (state.policy,):
         parallel.add_up(gradients(model))
+    return sum(parallel.gather(kl))
 
 
 def gradients(model: torch.nn.Module) -> Iterator[Tensor]:
@@ -222,8 +221,8 @@ def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Traje
     generator = noise(torch.Generator().manual_seed(0))
     at_once = max(1, EVALUATED // config.eval_samples)  # levels whose rollouts share one cache
 
-    def play_levels() -> list[Trajectory]:
-        levels, rows = parallel.block(range(config.eval_prompts)), []
+    def play_block() -> list[Trajectory]:
+        levels, rows = parallel.block(evaluation_levels(config)), []
         for first in range(0, len(levels), at_once):
             episodes = make_episodes(config, levels[first : first + at_once], config.eval_samples)
             with precision(config.dtype, policy.device):
@@ -231,13 +230,13 @@ def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Traje
                                 config.max_response_tokens, config.max_context)
         return rows
 
-    rows = all_ranks(play_levels)
+    rows = all_ranks(play_block)
     return summary([row.episode for row in rows], config.eval_samples), rows
 
 
 def evaluate_player(config: Config, player) -> dict:
     """The same levels and budgets for a scripted player: the random floor, the oracle's ceiling."""
-    per_replica = [play(build_env(config), player, range(config.eval_prompts), i) for i in range(config.eval_samples)]
+    per_replica = [play(build_env(config), player, evaluation_levels(config), i) for i in range(config.eval_samples)]
     return summary([episode for level in zip(*per_replica, strict=True) for episode in level], config.eval_samples)
 
 

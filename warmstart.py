@@ -7,11 +7,12 @@ a falling probability (`STAGES`), which leaves a soft policy with knowledge unde
 
     python warmstart.py --output_dir models/tiny --seed 0      # two hours on one core
     python warmstart.py --output_dir models/committed --committed      # from it, thoughts that end with the move
+    python warmstart.py --output_dir models/smollm2 --model smollm2 --env frozenlake     # any model, one game's format
 """
 
-import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from config import Config, Parser
 from envs import Cell, Env, Episode, make_env
+from methods import build_env
 from policy import (
     TINY,
     load_model,
@@ -34,12 +37,14 @@ from policy import (
     micro_batches,
     opening_text,
     pad,
+    pick_device,
     precision,
     save_whole,
     score_tokens,
     turn_text,
 )
 from rollout import token_pieces
+from smollm2 import source_model
 
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}, "sudoku": {},
          "webshop": {"results_per_page": 4, "short_pages": True}}
@@ -144,16 +149,17 @@ FACTS = {"frozenlake": _frozenlake_facts, "sokoban": _sokoban_facts, "sudoku": _
 
 
 def transcript(
-    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None,
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, env: Env | None = None,
     style: str = "brief",
 ) -> list[tuple[str, bool]]:
     """One episode of a player whose moves are optimal with probability `skill`: (text, is it a response) in order.
 
-    The text between responses is what a rollout puts there: plain lines, or the tokenizer's chat template.
+    The text between responses is what a rollout puts there: plain lines, or the tokenizer's chat template; by default
+    in the tiny model's environments.
     FrozenLake and Sokoban start up to five random moves into the level, so that states off the best path are seen.
     """
     rng = np.random.default_rng([seed, 2])
-    env = make_env(game, **(GAMES[game] if options is None else options))
+    env = env or make_env(game, **GAMES[game])
     episode = Episode(env, seed, style=style)
     if game in ("frozenlake", "sokoban"):
         _wander(episode, rng)
@@ -177,10 +183,10 @@ def transcript(
 
 
 def committed(
-    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN, options: dict | None = None
+    game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase = PLAIN
 ) -> list[tuple[str, bool]]:
     """`transcript` with thoughts that end with the moves: the decision is a reasoning token, the answer repeats it."""
-    parts = transcript(game, seed, skill, tokenizer, options)
+    parts = transcript(game, seed, skill, tokenizer)
     return [(_commit(game, text) if is_response else text, is_response) for text, is_response in parts]
 
 
@@ -256,10 +262,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) ->
 
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: list[dict[str, float]], learning_rate: float,
-    seed: int, rows: dict[str, int] = ROWS, options: dict | None = None, dtype: str = "float32",
+    seed: int, rows: dict[str, int] = ROWS, dtype: str = "float32",
     write: Callable[..., list[tuple[str, bool]]] = transcript,
 ) -> None:
-    """Weighted cross-entropy on response tokens of players of the given skills, a game's each step.
+    """Weighted cross-entropy on response tokens of what players of the given skills `write`, a game's each step.
 
     Careful: `skills` sets the number of steps too. The learning rate warms up and decays linearly.
     """
@@ -271,7 +277,7 @@ def train(
     games, start = [game for game, count in rows.items() for _ in range(count)], time.time()
     for step, skill in enumerate(skills):
         first = FIRST_SEED + (seed * 100_000 + step) * len(games)
-        texts = [write(game, first + i, skill[game], tokenizer, options) for i, game in enumerate(games)]
+        texts = [write(game, first + i, skill[game], tokenizer) for i, game in enumerate(games)]
         coded = [encode(tokenizer, parts) for parts in texts]
         total = sum(sum(weights) for _, weights in coded)
         loss = 0.0
@@ -291,42 +297,67 @@ def train(
             print(f"step {step:5d}  loss {loss:.4f}  {time.time() - start:6.0f} s", flush=True)
 
 
-def bring_to_format(
-    name: str, folder: Path, game: str, options: dict, steps: int, learning_rate: float, dtype: str,
-    device: torch.device,
-) -> None:
-    """Teach any language model the format on one game's transcripts, and save it as `folder`, whole or not at all.
+def bring_to_format(config: Config, name: str, folder: Path, seed: int = 0) -> None:
+    """Teach any language model the format on the run's game, prompts and budgets; `folder` appears whole or not at all.
 
     Its players are weak, so that it learns the form and little of the game.
     """
-    model, tokenizer = load_model(name, device), load_tokenizer(name)
+    def write(game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+        return transcript(game, seed, skill, tokenizer, build_env(config), config.prompt_style)
+
+    game, steps, learning_rate = config.env, config.warmstart_steps, config.warmstart_learning_rate
+    model, tokenizer = load_model(name, pick_device(config.device)), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
-    train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, 0, {game: ROWS_OF_ONE}, options, dtype)
+    train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, seed, {game: ROWS_OF_ONE}, config.dtype,
+          write)
     save_whole(folder, model, tokenizer)
 
 
-def main() -> None:
-    """Build tokenizer and model, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shrink", type=int, default=1, help="divide all steps by this, for a quick try")
-    parser.add_argument("--committed", action="store_true", help="continue models/tiny on thoughts that name the move")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    if args.committed:
-        commit_tiny(args.output_dir, args.seed, args.shrink)
-        return
+def make_tiny(folder: Path, seed: int, shrink: int) -> None:
+    """Tokenizer and model from nothing, on all games."""
     samples = (transcript(game, FIRST_SEED - 1 - i, SAMPLED[game]) for game in GAMES for i in range(1000))
     tokenizer = build_tokenizer("".join(text for text, _ in parts) for parts in samples)
     model = build_model(len(tokenizer))
     for stage, (learning_rate, phases) in enumerate(STAGES):
         skills = [dict(zip(GAMES, skill, strict=True))
-                  for steps, skill in phases for _ in range(max(1, steps // args.shrink))]
-        train(model, tokenizer, skills, learning_rate, len(STAGES) * args.seed + stage)
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
+                  for steps, skill in phases for _ in range(max(1, steps // shrink))]
+        train(model, tokenizer, skills, learning_rate, len(STAGES) * seed + stage)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 for a user's mistake."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the levels, and of new weights")
+    parser.add_argument("--shrink", type=int, default=1, help="divide all steps by this, for a quick try")
+    parser.add_argument("--committed", action="store_true", help="continue models/tiny on thoughts that name the move")
+    parser.add_argument("--model", help="instead: teach this model, a folder, hub name or smollm2, one game's format")
+    parser.add_argument("--env", default=Config.env, help="with --model: the game")
+    parser.add_argument("--steps", type=int, default=60, help="with --model: of 8 transcripts each")
+    parser.add_argument("--learning_rate", type=float, default=Config.warmstart_learning_rate, help="with --model")
+    parser.add_argument("--prompt_style", default=Config.prompt_style, help="with --model: brief or paper")
+    parser.add_argument("--dtype", default=Config.dtype, help="with --model: float32 or bfloat16")
+    parser.add_argument("--cache_dir", default=Config.cache_dir, help="with --model smollm2: where it is converted")
+    try:
+        args = parser.parse_args(argv)
+        if args.shrink < 1:
+            raise ValueError(f"--shrink {args.shrink}: must be at least 1")
+        torch.manual_seed(args.seed)
+        if args.model:
+            if args.output_dir.exists():
+                raise ValueError(f"--output_dir {args.output_dir}: exists already")
+            config = Config(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
+                            warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
+            bring_to_format(config, source_model(config), args.output_dir, args.seed)
+        else:
+            (commit_tiny if args.committed else make_tiny)(args.output_dir, args.seed, args.shrink)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

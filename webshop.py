@@ -6,7 +6,7 @@ no server, no spaCy. Same interface as the games in `envs.py`, but the legal act
     score = (attributes matched + options matched + [price ≤ U]) / (n_attributes + n_options + 1) · r_type
 
 `WebShop(data=FOLDER)` reads the official files, `WebShop()` a small shop of ours; `catalogue.py` holds both. Goals are
-shuffled as in the original: 0-499 test, 500-1,499 validation, the rest training; a smaller shop keeps these shares.
+shuffled as in the original: 0-499 test, 500-1,499 validation, the rest training; for smaller shops see `split_goals`.
 Seeds below 1,000,000 pick test goals and all others training goals, unless `split` is given: number seed mod n.
 
     python envs.py --env webshop --seed 3
@@ -149,11 +149,12 @@ def open_shop(folder: str | None) -> tuple[dict[str, Product], SearchIndex, list
 def split_goals(goals: list[Goal]) -> dict[str, list[Goal]]:
     """Test, validation and training goals: 500, 1,000 and the rest of 6,910, in smaller shops the same shares.
 
-    Every share has a goal; with fewer than three goals the shares that would be empty are the whole list.
+    But a test share below 128, the levels of an evaluation, takes what it can from validation. Every share has a goal;
+    with fewer than three goals the shares that would be empty are the whole list.
     """
-    test = min(500, max(1, len(goals) * 500 // 6910))
-    validation = min(1500, max(test + 1, len(goals) * 1500 // 6910))
-    parts = {"test": goals[:test], "validation": goals[test:validation], "train": goals[validation:]}
+    train = min(1500, max(2, len(goals) * 1500 // 6910))
+    test = min(500, max(len(goals) * 500 // 6910, min(128, train - 1)))
+    parts = {"test": goals[:test], "validation": goals[test:train], "train": goals[train:]}
     return {name: part or goals for name, part in parts.items()}
 
 
@@ -202,7 +203,7 @@ class WebShop:
         goals = self.parts[by_seed if self.split == "by seed" else self.split]
         self.goal = goals[seed % len(goals)]
         self.page, self.actions_left = Page(), self.max_actions
-        return self._observe(), {"success": False, "valid": True}
+        return self._observe(), {"success": False, "valid": True, "purchased": False, "score": 0.0}
 
     def reseed(self, replica: int) -> None:
         """Other luck from here on: there is none."""

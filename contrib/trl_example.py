@@ -1,7 +1,7 @@
 """FrozenLake in TRL: the tiny agent trained by GRPOTrainer, on our rollouts, with ActFocus's weights or without.
 
 The trajectories come in through TRL's `rollout_func`: token ids, the mask of what the policy wrote, the return. Model,
-levels, budgets and optimiser are those of `python train.py`: 8 prompts x 16 rollouts, 4 mini-batches of 32.
+levels, budgets and optimiser are those of `python train.py`: 8 prompts x 8 rollouts, 2 mini-batches of 32.
 (Eqs. (5) and (6) of arXiv:2605.14558v1 stand in trl_actfocus.py.) From the repository's root, beside `pip install trl`:
 
     python -m contrib.trl_example
@@ -9,7 +9,7 @@ levels, budgets and optimiser are those of `python train.py`: 8 prompts x 16 rol
 
 (With `--cpu` in its place accelerate 1.15 starts a single process, silently.)
 
-An iteration is one generation batch; TRL counts its optimiser steps, four an iteration.
+An iteration is one generation batch; TRL counts its optimiser steps, two an iteration.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def policy_loss(
 def classify_tokens(pieces: Sequence[str]) -> tuple[Tensor, Tensor]:
     """𝓣_reason and 𝓣_act of one response.
 
-        t ∈ 𝓣_act  ⇔  a non-space character of token t lies strictly inside the executed <answer>…</answer>
+        t ∈ 𝓣_act  ⇔  a non-space character of token t lies inside the <answer>…</answer> of Eq. (1)
 
     Every other token is reasoning: the tags, white space, and all of a response without the structure.
 

@@ -211,6 +211,13 @@ def test_the_diagnosis_of_four_groups_of_two_by_hand():
     assert found["rho_response"] == pytest.approx(-0.4) and found["action_fraction"] == pytest.approx(7 / 15)
 
 
+def test_as_many_failures_as_successes_elsewhere_are_the_same_spread():
+    solved = torch.arange(17)  # of 16: m and 16 - m have the same std, up to its rounding
+    returns = (torch.arange(16) < solved[:, None]).float()
+    spread = energy.group_spread(returns.flatten(), 16)
+    assert len(set(returns.double().std(1).tolist())) > 9 == len(set(spread)) and (spread == spread[::-1]).all()
+
+
 def test_a_group_lacking_action_tokens_leaves_that_class_only():
     batch = planted()
     batch["is_action"][4:8] = False  # group 1

@@ -486,7 +486,7 @@ def test_different_seeds_are_different_levels():
         env = make_env(name)
         assert len({env.reset(seed)[0] for seed in range(100)}) > 90
     env = make_env("webshop")
-    goals = len(env.parts["test"])  # about 80, which come round and round
+    goals = len(env.parts["test"])  # which come round and round
     shown = [env.reset(seed)[0] for seed in range(goals + 20)]
     assert len(set(shown)) == goals > 70 and shown[goals:] == shown[:20]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import make_batch
 
+from actfocus import group_advantages
 from metrics import (
     bootstrap_interval,
     clipped,
@@ -88,8 +89,23 @@ def test_clipped_counts_tokens_beyond_the_range_that_the_advantage_pushes_furthe
     assert clipped(ratio.log(), advantages, 0.1, 0.2) == 4  # now 1.27 and .81 as well
 
 
-def episodes(*success):
-    return [SimpleNamespace(success=s, return_=2.0 * s - 0.5) for s in success]
+def episodes(*success, purchased=None):
+    return [SimpleNamespace(success=s, return_=2.0 * s - 0.5, purchased=purchased) for s in success]
+
+
+def test_webshops_summary_says_how_often_anything_was_bought():
+    shoppers = [*episodes(True, True, False, purchased=True), *episodes(False, purchased=False)]
+    result = summary(shoppers, 1)
+    assert result["purchased"] == 0.75 and describe(result).endswith("n = 4 episodes on 4 levels, purchased in 75.0 %")
+
+
+def test_returns_that_differ_in_their_rounding_only_make_an_equal_group():
+    one, other = [-0.1, -0.1, -0.2, -0.2], [-0.1, -0.2, -0.2, -0.1]
+    assert sum(one) != sum(other)
+    rows = [row(0, one), row(0, other), row(1, [-0.1]), row(1, [-0.2])]
+    assert rollout_metrics(rows)["equal_groups"] == 0.5
+    returns = torch.tensor([each.episode.return_ for each in rows])
+    assert (group_advantages(returns, 2)[:2] == 0).all()
 
 
 def test_summary_says_how_many_levels_and_episodes_it_saw():

@@ -85,13 +85,20 @@ def test_runs_of_another_alpha_are_another_setting_and_not_further_seeds(run, fi
 
 
 def test_what_no_number_depends_on_makes_no_other_setting(run, figures, tmp_path):
-    runs = [run("a", [0.4]), run("b", [0.4, 0.5], seed=1, max_steps=10, model="models/tiny"),
+    runs = [run("a", [0.4]), run("b", [0.4, 0.5], seed=1, model="models/tiny"),
             run("c", [0.4], seed=2, model="/elsewhere/tiny"),
             run("d", [0.4], weights="uniform", alpha=0.1), run("e", [0.4], weights="uniform", alpha=0.5, seed=1)]
     plots.learning_curves(runs, tmp_path / "x.png")
     assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {"actfocus", "uniform"}
     thin = [line for line in figures[0].axes[0].get_lines() if line.get_linewidth() < 1]
     assert len(thin) == 5  # the seeds of both
+
+
+def test_runs_of_other_lengths_are_another_curve(run, figures, tmp_path):
+    runs = [run("a", [0.4, 0.6], max_steps=10), run("b", [0.4, 0.5, 0.9], seed=1, max_steps=20)]
+    plots.learning_curves(runs, tmp_path / "x.png")
+    labels = {text.get_text() for text in figures[0].legends[0].get_texts()}
+    assert labels == {"actfocus, max_steps 10", "actfocus, max_steps 20"}
 
 
 def test_gradient_bars_are_the_means_of_metrics_jsonl_over_steps_and_then_seeds(run, figures, tmp_path):

@@ -62,7 +62,8 @@ def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only
     uniform = [make_run([0.2, 0.4], seed, weights="uniform") for seed in range(3)]
     assert is_pair(focus[0], uniform[0]) and is_pair(focus[0], make_run([1.0], learning_rate=2e-4, algo="ppo"))
     for other in (make_run([0.2], 1), make_run([0.2], digest="b"), make_run([0.2], eval_prompts=64),
-                  make_run([0.2], max_steps=40), make_run([0.2], success_rate=0.5)):
+                  make_run([0.2], max_steps=40), make_run([0.2], success_rate=0.5),
+                  make_run([0.2], model="somebody/other")):
         assert not is_pair(focus[0], other)
     stranger = replace(uniform[2], about={"model_sha256": "b"})
     rows = difference_rows("main", zip(focus, [*uniform[:2], stranger], strict=True))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import methods
 import train
+import warmstart
 from actfocus import policy_loss, token_weights
 from checkpoint import find_checkpoint
 from policy import load_tokenizer, opening_text
@@ -243,6 +244,24 @@ def test_the_update_is_equation_6_with_the_kl_and_entropy_terms_unweighted(tiny,
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_what_is_logged_of_an_update_is_of_all_its_mini_batches(tiny, monkeypatch):
+    settings = config(tiny, mini_batch_size=4, algo="ppo")
+    state, batch = prepared(settings)
+    parts = iter([{"loss": 1.0, "value_loss": 5.0, "clipped": 3}, {"loss": 4.0, "value_loss": 8.0, "clipped": 8}])
+    norms = iter([2.0, 7.0])
+
+    def add_gradients(config, state, mini, sums, first):
+        for name, value in next(parts).items():
+            sums[name] += value
+        return 0.0
+
+    monkeypatch.setattr(train, "add_gradients", add_gradients)
+    monkeypatch.setattr(train, "optimizer_step", lambda *given, **rest: next(norms))
+    metrics = train.update(settings, state, batch)
+    assert len(batch.returns) == 8 and (metrics["loss"], metrics["value_loss"], metrics["grad_norm"]) == (2.5, 6.5, 4.5)
+    assert metrics["clip_fraction"] == 11 / int(batch.is_response.sum())
+
+
 def test_the_energy_is_the_frozen_references_and_not_the_policys(tiny, monkeypatch):
     settings, seen = config(tiny), []
     state = train.build_state(settings)
@@ -463,7 +482,7 @@ def test_a_model_whose_template_rewrites_earlier_turns_is_refused_at_the_door(ti
 
 @pytest.mark.parametrize("arguments", [
     ["--learning_speed", "1"], ["--temp", "0.5"], ["--alpha", "high"], ["--max_steps", "1e3"], ["--coordinates", "yes"],
-    ["--preset", "huge"], ["surplus"], ["--alpha"],
+    ["--preset", "huge"], ["surplus"], ["--alpha"], ["--top_p", "0.9"], ["--top_k", "20"],
 ])
 def test_a_flag_that_cannot_be_read_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
@@ -576,7 +595,31 @@ def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny,
         assert checkpoint.read_config(made)["model"] == str(folder) and same_weights(made / "checkpoint-0", folder)
     assert not same_weights(folder, Path(tiny))
     run(tiny, tmp_path / "three", max_steps=1, **{**options, "warmstart_steps": 1})
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # another warm start is another folder
+    run(tiny, tmp_path / "four", max_steps=1, **options, actions_per_turn=1)
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # another warm start is another folder
+
+
+def test_a_warm_start_is_on_the_prompts_and_budgets_of_the_run(tiny, tmp_path, monkeypatch):
+    written, transcript = [], warmstart.transcript
+    monkeypatch.setattr(warmstart, "transcript", lambda *given: written.append(transcript(*given)) or written[-1])
+    options = {"warmstart_steps": 1, "cache_dir": tmp_path / "cache", "prompt_style": "paper", "max_context": 4096}
+    run(tiny, tmp_path / "run", max_steps=0, **options, actions_per_turn=1)
+    texts = ["".join(text for text, _ in parts) for parts in written]
+    assert len(texts) == warmstart.ROWS_OF_ONE and all("one into an answer" in text for text in texts)
+    assert not any("||" in text for parts in written for text, is_response in parts if is_response)
+
+
+def test_any_model_is_taught_a_games_format_by_a_command(tiny, tmp_path, capsys):
+    arguments = ["--model", str(tiny), "--env", "sudoku", "--steps", "1", "--output_dir", str(tmp_path / "new")]
+    assert warmstart.main(arguments) == 0
+    assert "on sudoku: 1 steps of 8 transcripts at 0.0001" in capsys.readouterr().out
+    assert not same_weights(tmp_path / "new", Path(tiny))
+    elsewhere = [*arguments[:-1], str(tmp_path / "a")]
+    for wrong, part in ((arguments, "exists"), ([*elsewhere, "--env", "chess"], "--env chess"),
+                        ([*elsewhere, "--model", "no/such"], "no/such")):
+        assert warmstart.main(wrong) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and part in line and not (tmp_path / "a").exists()
 
 
 def test_bfloat16_rounds_products_and_leaves_weights_and_log_probs_float32(tiny, tmp_path):

@@ -20,7 +20,9 @@ import pytest
 import catalogue
 import webshop
 from catalogue import Product, SearchIndex, split_words, stored_length
+from config import Config
 from envs import make_env
+from methods import evaluation_levels
 from webshop import Goal, Page, WebShop, purchase_score, type_factor
 
 OFFICIAL = Path(os.environ.get("WEBSHOP_DATA", Path(__file__).parents[2] / "shared" / "webshop"))
@@ -127,6 +129,8 @@ def test_splits_are_the_official_ones_and_their_shares_in_smaller_shops():
     parts = webshop.split_goals(list(range(6910)))
     assert (parts["test"], parts["validation"]) == (list(range(500)), list(range(500, 1500)))
     assert parts["train"] == list(range(1500, 6910))
+    sizes = {count: [len(part) for part in webshop.split_goals(list(range(count))).values()] for count in (1121, 3455)}
+    assert sizes == {1121: [128, 115, 878], 3455: [250, 500, 2705]}  # 243 = 1121 · 1500 / 6910 for test and validation
     for count in (3, 10, 100, 1110, 20_000):
         parts = webshop.split_goals(list(range(count)))
         assert sorted(goal for part in parts.values() for goal in part) == list(range(count)) and all(parts.values())
@@ -144,6 +148,16 @@ def test_training_and_evaluation_seeds_never_share_a_goal():
     validation = WebShop(split="validation")
     validation.reset(0)
     assert validation.goal is env.parts["validation"][0]
+
+
+def test_an_evaluation_meets_no_goal_twice():
+    shop, seen = WebShop(), set()
+    for level in evaluation_levels(Config(env="webshop")):
+        shop.reset(level)
+        seen.add(shop.goal.text + shop.goal.asin)
+    assert len(seen) == 128
+    with pytest.raises(ValueError, match=r"--eval_prompts 129: this shop has 128 test goals"):
+        evaluation_levels(Config(env="webshop", eval_prompts=129))
 
 
 def test_short_pages_name_every_button_and_the_goal_on_the_search_page_only():
@@ -165,7 +179,8 @@ def test_short_pages_name_every_button_and_the_goal_on_the_search_page_only():
 def test_the_oracles_purchase_page_by_page():
     env = WebShop()
     observation, info = env.reset(0)
-    assert info == {"success": False, "valid": True} and env.goal.text in observation
+    assert info == {"success": False, "valid": True, "purchased": False, "score": 0.0}
+    assert env.goal.text in observation
     assert observation.endswith(" [SEP] Search\nActions: search[words]") and env.actions_left == 9
     asin, wanted = env.goal.asin, env.products[env.goal.asin]
     plan = env.solve()
