@@ -262,11 +262,16 @@ def critic_values(config: Config, state: State, batch: Batch) -> Tensor:
     """(B, T): V before every response token, without gradient."""
     values = torch.zeros(batch.tokens.shape)
     with torch.no_grad(), precision(config.dtype, state.policy.device):
-        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-            part = batch.take(rows, state.policy.device)
-            values[rows, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response).cpu()
+        for index in own_micro_batches(config, batch):
+            part = batch.take(index, state.policy.device)
+            values[index, : part.tokens.shape[1]] = state.critic(part.tokens, part.is_response).cpu()
     parallel.add_up([values])
     return values
+
+
+def own_micro_batches(config: Config, batch: Batch) -> list[list[int]]:
+    """Row numbers for each of this rank's forward passes over the batch."""
+    return micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks())
 
 
 def per_turn(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -135,11 +135,11 @@ class Batch:
         positions = torch.arange(1, mask.shape[1] + 1)
         self.lengths = torch.where(self.is_response, positions, 1).amax(1)
 
-    def take(self, rows: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> "Batch":
-        """These rows, as wide as the longest of them, where a model can read them."""
-        width = int(self.lengths[rows].max())
-        columns = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(x if x is None else (x[rows, :width] if x.dim() == 2 else x[rows]).to(device) for x in columns))
+    def take(self, index: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> "Batch":
+        """The rows at `index`, as wide as the longest of them, where a model can read them."""
+        width = int(self.lengths[index].max())
+        columns = (None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self))
+        return Batch(*(x if x is None else (x if x.dim() == 1 else x[:, :width]).to(device) for x in columns))
 
     def final_rewards(self) -> Tensor:
         """R(τ) on every row's last response token, 0 elsewhere."""

@@ -34,15 +34,9 @@ from checkpoint import State
 from config import Config, parse
 from envs import oracle_player, play, random_player
 from memory import EVALUATED, advice, is_out_of_memory, memory_line
-from methods import METHODS, all_ranks, build_env, evaluation_levels, make_episodes, noise
+from methods import METHODS, all_ranks, build_env, evaluation_levels, make_episodes, noise, own_micro_batches
 from metrics import clipped, describe, rollout_metrics, summary, token_metrics
-from policy import (
-    TokenScores,
-    micro_batches,
-    precision,
-    score_tokens,
-    trainable,
-)
+from policy import TokenScores, precision, score_tokens, trainable
 from rollout import Batch, PromptTooLong, Trajectory, rollout
 from startup import build_state, dry_run, start_model
 
@@ -85,29 +79,29 @@ def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Confi
     """What a frozen model says of the whole batch, (B, T) each."""
     scores = TokenScores(*(torch.zeros(batch.tokens.shape) for _ in TokenScores._fields))
     with torch.no_grad(), precision(config.dtype, model.device):
-        for rows in micro_batches(batch.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-            part = batch.take(rows, model.device)
+        for index in own_micro_batches(config, batch):
+            part = batch.take(index, model.device)
             pieces = score_tokens(model, part.tokens, part.is_response, config.temperature)
             for whole, piece in zip(scores, pieces, strict=True):
-                whole[rows, : piece.shape[1]] = piece.cpu()
+                whole[index, : piece.shape[1]] = piece.cpu()
     parallel.add_up(scores)  # zeros where another rank has the row
     return scores
 
 
-def weigh(config: Config, batch: Batch, rows: slice | Tensor = slice(None)) -> Tensor:
-    """(B, T): wₜ of these rows, standardised over their own action tokens. Eq. (5)."""
-    is_action, is_reasoning = batch.is_action[rows], batch.is_reasoning[rows]
-    weights = token_weights(batch.signal[rows], is_action, is_reasoning, *config.alpha_beta)
-    return weights if batch.is_tag is None else torch.where(batch.is_tag[rows] & is_reasoning, 1.0, weights)
+def weigh(config: Config, batch: Batch, index: slice | Tensor = slice(None)) -> Tensor:
+    """(B, T): wₜ of the rows at `index`, standardised over their own action tokens. Eq. (5)."""
+    is_action, is_reasoning = batch.is_action[index], batch.is_reasoning[index]
+    weights = token_weights(batch.signal[index], is_action, is_reasoning, *config.alpha_beta)
+    return weights if batch.is_tag is None else torch.where(batch.is_tag[index] & is_reasoning, 1.0, weights)
 
 
 def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
     """One epoch of optimiser steps over mini-batches; each is cut into micro-batches whose gradients add up."""
     order = torch.randperm(len(batch.returns), generator=state.generator).split(config.mini_batch_size)
     if config.weight_stats == "mini_batch":
-        for rows in order:
-            batch.weights[rows] = weigh(config, batch, rows)
-    minis = [mini for rows in order if (mini := batch.take(rows)).is_response.any()]
+        for index in order:
+            batch.weights[index] = weigh(config, batch, index)
+    minis = [mini for index in order if (mini := batch.take(index)).is_response.any()]
     sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max"), 0.0)
     norms, skipped, over_kl = [], state.skipped, 0
     for number, mini in enumerate(minis):
@@ -133,8 +127,8 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
     Each rank adds its rows' share to `sums`; the gradients, and the k3 KL to π_old it returns, are those of all ranks.
     """
     total_weight, tokens, kl = mini.weights.sum().item(), int(mini.is_response.sum()), 0.0
-    for rows in micro_batches(mini.lengths.tolist(), config.micro_batch_tokens, parallel.rank(), parallel.ranks()):
-        part = mini.take(rows, state.policy.device)
+    for index in own_micro_batches(config, mini):
+        part = mini.take(index, state.policy.device)
         with precision(config.dtype, state.policy.device):
             scores = score_tokens(state.policy, part.tokens, part.is_response, config.temperature)
             values = state.critic(part.tokens, part.is_response) if state.critic else None
