@@ -101,9 +101,10 @@ def grids() -> dict[str, Grid]:
 
 
 def tuning_runs(games: Iterable[str] = GAMES) -> list[dict]:
-    """The runs that learning rates are chosen from, half as long as others."""
+    """The runs that learning rates are chosen from, half as long as others, evaluated at both ends only."""
+    half = {game: planned({"env": game, "algo": "grpo"}).max_steps // 2 for game in games}
     return [run for game in games for run in grid(TUNING_SEEDS, [game], ("grpo", "ppo"), WEIGHTS, learning_rate=RATES,
-                                                  max_steps=[planned({"env": game, "algo": "grpo"}).max_steps // 2])]
+                                                  max_steps=[half[game]], eval_steps=[half[game]])]
 
 
 def tuning() -> dict[tuple, dict]:
