@@ -81,8 +81,8 @@ def test_the_grids_have_what_the_issue_asks_for(results):
 def scores(results, weights, by_rate, **options):
     for rate, success in by_rate.items():
         for seed in experiments.TUNING_SEEDS:
-            put(results, {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "max_steps": 15, "eval_steps": 15}, success,
-                **options)
+            run = {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "max_steps": 15, "eval_steps": 15}
+            put(results, run, success, **options)
 
 
 def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
