@@ -18,12 +18,18 @@ import matplotlib.pyplot as plt
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # for colour-blind readers too
 
 
-def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None) -> Path:
+def learning_curves(
+    runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None,
+    side_by_side: bool = True,
+) -> Path:
     """Success against step, a panel for every (env, algo), a colour for every other setting.
 
     Several seeds: their mean and its 95 % interval. One run: evaluations with intervals over its training rollouts.
+    Not side by side: one panel for all algos of an env, and of every curve nothing but the mean.
     """
     settings = _by_setting(runs)
+    if not side_by_side:
+        settings = {(env, "", f"{algo}, {label}"): members for (env, algo, label), members in settings.items()}
     panels, labels = sorted({key[:2] for key in settings}), sorted({key[2] for key in settings})
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
@@ -35,8 +41,8 @@ def learning_curves(runs: Sequence[Path], path: Path, floor: float | None = None
     for ax, (env, algo) in zip(axes.flat, panels, strict=False):
         for label in labels:
             if members := settings.get((env, algo, label)):
-                notes.add(_curve(ax, members, label, COLOURS[labels.index(label) % len(COLOURS)]))
-        ax.set(title=f"{env}, {algo}", xlabel="step", ylabel="success", ylim=(0, 1.05))
+                notes.add(_curve(ax, members, label, COLOURS[labels.index(label) % len(COLOURS)], not side_by_side))
+        ax.set(title=", ".join(filter(None, (env, algo))), xlabel="step", ylabel="success", ylim=(0, 1.05))
         for level, name in ((floor, "random floor"), (ceiling, "oracle ceiling")):
             if level is not None:
                 ax.axhline(level, color="0.5", linestyle=":", linewidth=1)
@@ -63,13 +69,15 @@ def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
     return dict(sorted(groups.items()))
 
 
-def _curve(ax, members: Sequence[Path], label: str, colour: str) -> str:
+def _curve(ax, members: Sequence[Path], label: str, colour: str, mean_only: bool) -> str:
     """One setting's curve. Returns what its parts mean."""
     tables = [read_lines(run / "eval.jsonl") for run in members]
     steps = [row["step"] for row in max(tables, key=len)]
     success = np.array([[row["success"] for row in table + table[-1:] * (len(steps) - len(table))]
                         for table in tables])  # (seeds, evaluations); of a run that ended early the last one stays
-    if len(members) == 1:
+    if mean_only:
+        note = "mean over seeds of the success on evaluation levels; intervals stand in the table"
+    elif len(members) == 1:
         metrics = read_lines(members[0] / "metrics.jsonl")
         ax.plot([row["step"] for row in metrics], [row["success"] for row in metrics], color=colour, alpha=0.3, lw=0.8)
         error = [[abs(row[end] - row["success"]) for row in tables[0]] for end in ("low", "high")]

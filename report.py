@@ -8,6 +8,7 @@ Nothing is left out: a run that belongs to no grid of experiments.py stands unde
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import plots
@@ -77,7 +78,7 @@ def figures(results: Path, members: dict[str, list[Run]], differences: list[dict
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
     drawn = {"defaults": (folders.get("defaults"), plots.learning_curves),
              "main": (folders["main"], plots.learning_curves),
-             "rivals": (folders.get("rivals"), plots.learning_curves),
+             "rivals": (folders.get("rivals"), partial(plots.learning_curves, side_by_side=False)),
              "differences": (final, plots.differences), "diagnosis": (diagnosis, plots.diagnosis)}
     wanted = [(*drawn[name], picture) for name, (picture, _) in PICTURES.items()]
     wanted.append((folders["main"], plots.gradient_mass, "gradient.png"))

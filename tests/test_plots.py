@@ -94,6 +94,16 @@ def test_what_no_number_depends_on_makes_no_other_setting(run, figures, tmp_path
     assert len(thin) == 5  # the seeds of both
 
 
+def test_methods_share_a_panel_where_they_are_not_side_by_side(run, figures, tmp_path):
+    runs = [run("a", [0.4, 0.6]), run("b", [0.4, 0.8], seed=1), run("c", [0.4, 0.5], algo="carl"),
+            run("d", [0.1, 0.2], env="frozenlake", algo="carl")]
+    plots.learning_curves(runs, tmp_path / "x.png", side_by_side=False)
+    one, other = figures[0].axes
+    assert (one.get_title(), other.get_title()) == ("frozenlake", "sokoban")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in other.get_lines()}
+    assert drawn == {"grpo, actfocus": pytest.approx([0.4, 0.7]), "carl, actfocus": pytest.approx([0.4, 0.5])}
+
+
 def test_runs_of_other_lengths_are_another_curve(run, figures, tmp_path):
     runs = [run("a", [0.4, 0.6], max_steps=10), run("b", [0.4, 0.5, 0.9], seed=1, max_steps=20)]
     plots.learning_curves(runs, tmp_path / "x.png")
