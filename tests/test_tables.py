@@ -194,7 +194,7 @@ def test_a_run_in_no_grid_is_under_other(again, tmp_path):
 def test_learning_curves_pool_seeds_and_never_settings(tmp_path, monkeypatch):
     drawn = []
 
-    def curve(ax, members, label, colour):
+    def curve(ax, members, label, colour, mean_only):
         drawn.append((label, len(members), colour))
         ax.plot([], label=label)
         return "a note"
