@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -106,20 +107,29 @@ def _cpu() -> str:
 def save_checkpoint(
     run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict
 ) -> Path:
-    """Write `checkpoint-{step}` so that a crash at any moment leaves the previous one loadable."""
+    """Write `checkpoint-{step}` so that a crash at any moment leaves the previous one loadable.
+
+    Raises:
+        FloatingPointError: a weight is not finite.   OSError: it cannot be written; nothing of it is left.
+    """
     weights = [*model.parameters(), *state.get("critic", {}).values()]
     if not all(weight.isfinite().all() for weight in weights):
         raise FloatingPointError(f"refusing to save NaN or infinite weights at step {step}")
     final, temporary = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=merged_weights(model) if "adapter" in state else None)
-    tokenizer.save_pretrained(temporary)
-    torch.save(state, temporary / STATE)
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)  # only there when an older checkpoint was resumed
-    os.replace(temporary, final)
-    _flush(run)
+    try:
+        model.save_pretrained(temporary, state_dict=merged_weights(model) if "adapter" in state else None)
+        tokenizer.save_pretrained(temporary)
+        torch.save(state, temporary / STATE)
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # only there when an older checkpoint was resumed
+        os.replace(temporary, final)
+        _flush(run)
+    except (OSError, RuntimeError, SafetensorError) as error:  # one kind each of files, torch and safetensors
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(run).free / 1e6
+        raise OSError(f"{final}: cannot be written with {free:,.0f} MB free ({' '.join(str(error).split())})") from None
     return final
 
 

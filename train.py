@@ -283,20 +283,23 @@ def launch(argv: Sequence[str] | None) -> int:
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
         return 2
-    if not path:
-        save(state, run)
-    if not evaluated:
-        evaluate_step(config, state, run)
     try:
+        if not path:
+            save(state, run)
+        if not evaluated:
+            evaluate_step(config, state, run)
         train(config, state, run)
+        if writes:
+            report(config, run)
     except PromptTooLong as error:
         complain(f"error: {error}")
+        return 2
+    except OSError as error:  # a full disk
+        complain(f"error: {error}; --resume_from_checkpoint {run} goes on from its last checkpoint, if it has one")
         return 2
     except FloatingPointError as error:
         complain(f"stopped: {error}; the last checkpoint is {checkpoint.find_checkpoint(run)}")
         return 1
-    if writes:
-        report(config, run)
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import SMOKE, config, flags, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -339,7 +340,7 @@ def test_a_crash_in_the_middle_of_a_checkpoint_leaves_the_last_one_loadable(tiny
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(*BREAKABLE[part](state), crash)
         checkpoint.save(state, tmp_path)
-    assert find_checkpoint(tmp_path).name == "checkpoint-0"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0"]
     fresh = train.build_state(settings)
     checkpoint.restore(fresh, find_checkpoint(tmp_path))
     assert fresh.step == 0 and all(torch.equal(before[name], p) for name, p in fresh.policy.state_dict().items())
@@ -356,6 +357,27 @@ def nan_losses(monkeypatch, which):
         return policy_loss(*arguments) * (float("nan") if len(calls) in which else 1)
 
     monkeypatch.setattr(train, "policy_loss", loss)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0"),
+                                   SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
+    tiny, tmp_path, monkeypatch, capsys, error
+):
+    def full(state, path):
+        if "checkpoint-2" in str(path):
+            raise error
+        save(state, path)
+
+    save = torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        assert train.main(flags(model=tiny, output_dir=tmp_path / "run", max_steps=2, save_steps=1)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"error: {tmp_path}/run/checkpoint-2: cannot be written with ")
+    assert str(error.args[-1]) in line and line.endswith(f"--resume_from_checkpoint {tmp_path}/run goes on from its last checkpoint, if it has one")
+    assert resume(tmp_path / "run") == 0
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
