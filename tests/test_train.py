@@ -375,7 +375,8 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
         assert train.main(flags(model=tiny, output_dir=tmp_path / "run", max_steps=2, save_steps=1)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith(f"error: {tmp_path}/run/checkpoint-2: cannot be written with ")
-    assert str(error.args[-1]) in line and line.endswith(f"--resume_from_checkpoint {tmp_path}/run goes on from its last checkpoint, if it has one")
+    assert str(error.args[-1]) in line
+    assert line.endswith(f"--resume_from_checkpoint {tmp_path}/run goes on from its last checkpoint, if it has one")
     assert resume(tmp_path / "run") == 0
     assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
