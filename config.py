@@ -129,8 +129,8 @@ class Config:
 
 
 BY_MODEL = {  # what fits a model on two cores; ours
-    "smollm2": dict(warmstart_steps=20, dtype="bfloat16", learning_rate=2e-5, num_prompts=4, mini_batch_size=16,
-                    max_steps=20, eval_prompts=16, eval_samples=2),
+    "smollm2": dict(warmstart_steps=180, warmstart_learning_rate=3e-4, dtype="bfloat16", learning_rate=1e-5,
+                    num_prompts=4, mini_batch_size=16, max_steps=24, eval_steps=8, eval_prompts=32),
 }
 BENCH = {"smollm2": dict(num_prompts=2)}  # minutes on one core; ours
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
