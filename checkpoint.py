@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import parallel
 from lora import AdapterOff, merged_weights
-from policy import Critic, load_model
+from policy import Critic, becoming, load_model
 
 STATE = "trainer_state.pt"
 
@@ -117,19 +116,14 @@ def save_checkpoint(
         raise FloatingPointError(f"refusing to save NaN or infinite weights at step {step}")
     final, temporary = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with becoming(final, temporary):
         model.save_pretrained(temporary, state_dict=merged_weights(model) if "adapter" in state else None)
         tokenizer.save_pretrained(temporary)
         torch.save(state, temporary / STATE)
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)  # only there when an older checkpoint was resumed
-        os.replace(temporary, final)
-        _flush(run)
-    except (OSError, RuntimeError, SafetensorError) as error:  # one kind each of files, torch and safetensors
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(run).free / 1e6
-        raise OSError(f"{final}: cannot be written with {free:,.0f} MB free ({' '.join(str(error).split())})") from None
+    _flush(run)
     return final
 
 

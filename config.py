@@ -14,7 +14,7 @@ from typing import Any
 import checkpoint
 from baselines import KINDS
 from energy import SIGNALS
-from envs import ENVS
+from envs import BUDGETS, ENVS
 from policy import TINY
 from sudoku import GIVENS
 
@@ -238,7 +238,7 @@ def departures(config: Config) -> dict:
     usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
     own = {**asdict(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name
-    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+    for budget in BUDGETS:
         if own[budget] == getattr(ENVS[config.env], budget):
             unread.add(budget)
     if config.weights == "uniform":

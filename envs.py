@@ -313,6 +313,7 @@ def _cells(cells: Iterable[Cell]) -> str:
     return " ".join(str(cell) for cell in sorted(cells)) or "none"
 
 
+BUDGETS = ("max_turns", "actions_per_turn", "max_actions")  # of an environment; a run may set its own
 ENVS = {"sokoban": Sokoban, "frozenlake": FrozenLake, "sudoku": Sudoku, "webshop": WebShop}
 Env = Sokoban | FrozenLake | Sudoku | WebShop
 

@@ -29,7 +29,7 @@ from baselines import (
 )
 from checkpoint import State
 from config import Config
-from envs import Env, Episode, make_env
+from envs import BUDGETS, Env, Episode, make_env
 from policy import micro_batches, precision
 from rollout import Batch, Trajectory, play_on, rollout
 
@@ -99,7 +99,7 @@ def make_episodes(config: Config, seeds: Sequence[int], samples: int) -> list[Ep
 def build_env(config: Config) -> Env:
     """The environment with the run's options, and with those of its budgets that the run sets."""
     env = make_env(config.env, **env_options(config))
-    for budget in ("max_turns", "actions_per_turn", "max_actions"):
+    for budget in BUDGETS:
         setattr(env, budget, getattr(config, budget) or getattr(env, budget))
     return env
 

@@ -11,14 +11,15 @@ Rows are padded on the right, so causal attention needs no padding mask and posi
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -159,10 +160,24 @@ def save_whole(folder: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) 
         temporary.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
+    with becoming(folder, temporary):
         for part in parts:
             part.save_pretrained(temporary)
+
+
+@contextmanager
+def becoming(folder: Path, temporary: Path) -> Iterator[None]:
+    """What is written into `temporary` becomes `folder` at the end; where that fails nothing of it is left.
+
+    Raises:
+        OSError: it cannot be written, in one line.
+    """
+    try:
+        yield
         os.replace(temporary, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # one kind each of files, torch and safetensors
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(f"{folder}: cannot be written with {free:,.0f} MB free ({_one_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -17,6 +17,7 @@ import warmstart
 from actfocus import classify_tokens
 from checkpoint import State
 from config import CRITIC, Config
+from envs import BUDGETS
 from lora import AdapterOff, add_lora
 from memory import memory_line
 from methods import build_env, env_options, evaluation_levels, make_episodes
@@ -41,7 +42,7 @@ def start_model(config: Config) -> str:
     if not config.warmstart_steps:
         return name
     env = build_env(config)
-    how = (config.env, env_options(config), env.max_turns, env.actions_per_turn, env.max_actions, config.prompt_style,
+    how = (config.env, env_options(config), *(getattr(env, name) for name in BUDGETS), config.prompt_style,
            config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
     digest = hashlib.sha256(repr((name, *how)).encode()).hexdigest()[:8]
     folder = cache_folder(config) / f"{Path(name).name}-{config.env}-{digest}"

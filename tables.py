@@ -22,7 +22,7 @@ import numpy as np
 import checkpoint
 import plots
 from config import Config, departures, of_run
-from envs import ENVS, oracle_player, random_player
+from envs import BUDGETS, ENVS, oracle_player, random_player
 from methods import env_options
 from metrics import bootstrap_interval, mean_interval
 from train import evaluate_player
@@ -100,8 +100,7 @@ def is_pair(run: Run, other: Run) -> bool:
 def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
     """Success of the random player and of the oracle on a run's evaluation levels; played once, kept in `table`."""
     game = ENVS[config.env]
-    budgets = {name: getattr(config, name) or getattr(game, name)
-               for name in ("max_turns", "actions_per_turn", "max_actions")}
+    budgets = {name: getattr(config, name) or getattr(game, name) for name in BUDGETS}
     key = json.dumps({**env_options(config), **budgets, "prompts": config.eval_prompts, "samples": config.eval_samples})
     known = {(row["env"], row["player"], row["settings"]): float(row["success"]) for row in read_table(table)}
     players = {"random floor": random_player, "oracle ceiling": oracle_player}

@@ -230,7 +230,8 @@ def evaluate_policy(config: Config, policy, tokenizer) -> tuple[dict, list[Traje
 
 def evaluate_player(config: Config, player) -> dict:
     """The same levels and budgets for a scripted player: the random floor, the oracle's ceiling."""
-    per_replica = [play(build_env(config), player, evaluation_levels(config), i) for i in range(config.eval_samples)]
+    levels = evaluation_levels(config)
+    per_replica = [play(build_env(config), player, levels, i) for i in range(config.eval_samples)]
     return summary([episode for level in zip(*per_replica, strict=True) for episode in level], config.eval_samples)
 
 

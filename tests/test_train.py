@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from tiny import SMOKE, config, flags, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -620,6 +621,18 @@ def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny,
     run(tiny, tmp_path / "three", max_steps=1, **{**options, "warmstart_steps": 1})
     run(tiny, tmp_path / "four", max_steps=1, **options, actions_per_turn=1)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # another warm start is another folder
+
+
+def test_a_warm_start_on_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    options = {"warmstart_steps": 1, "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
+    assert train.main(flags(model=tiny, **options)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"error: {tmp_path}/cache/") and line.endswith("(I/O error: No space left on device)")
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").iterdir())
 
 
 def test_a_warm_start_is_on_the_prompts_and_budgets_of_the_run(tiny, tmp_path, monkeypatch):
