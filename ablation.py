@@ -3,6 +3,7 @@
     python train.py --signal entropy          # energy, entropy, policy_nll, logprob_shift: Eqs. (19)-(22)
     python train.py --tag_weight one          # the four tags weigh 1 and not α
     python train.py --weight_stats mini_batch # μ and σ of every mini-batch apart (train.update)
+    python train.py --weights class_mean      # no Eq. (5): a loss that averages over each class of tokens
 
 B trajectories, T tokens. Differs from the paper: the weight of tags and the extent of μ and σ are not in it; it is
 silent about both, so they are tried.
@@ -33,6 +34,20 @@ def weight_signal(name: str, reference: TokenScores, old_logp: Tensor) -> Tensor
         raise ValueError(f"unknown signal {name!r}: choose from {', '.join(SIGNALS)}")
     return {"energy": reference.energy, "entropy": reference.entropy, "policy_nll": policy_nll(old_logp),
             "logprob_shift": logprob_shift(old_logp, reference.logp)}[name]
+
+
+def class_mean_weights(is_action: Tensor, is_reasoning: Tensor) -> Tensor:
+    """(B, T): what makes Eq. (6) the mean of two means, over action and over reasoning tokens. Ours.
+
+        wₜ = N / (2 N_act)  t ∈ 𝓣_act        wₜ = N / (2 N_reason)  t ∈ 𝓣_reason        N = N_act + N_reason
+
+    Each class has half of Σ w, and their mean is 1. It is α = N_act / N_reason, β = 0, up to a common factor.
+
+    Args:
+        is_action, is_reasoning: (B, T) bool, disjoint.
+    """
+    total = (is_action | is_reasoning).sum()
+    return sum(mask * total / (2 * mask.sum().clamp(min=1)) for mask in (is_action, is_reasoning))
 
 
 def tag_tokens(pieces: Sequence[str]) -> Tensor:

@@ -48,7 +48,7 @@ class Config:
     warmstart_learning_rate: float = within(ABOVE_0, HUGE, 1e-4)  # of those; ours
     env: str = one_of(*ENVS, default="frozenlake")  # the task
     algo: str = one_of(*ALGOS, default="grpo")  # the advantage, and how rollouts are made
-    weights: str = one_of("actfocus", "uniform", default="actfocus")  # token weights; uniform is α = 1, β = 0
+    weights: str = one_of("actfocus", "uniform", "class_mean", default="actfocus")  # of tokens; uniform: α = 1, β = 0
     alpha: float = within(0, 1, 0.1)  # α, weight of reasoning tokens, §5.1
     beta: float = within(0, HUGE, 0.5)  # β, reach of the energy on action tokens, §5.1
     signal: str = one_of(*SIGNALS, default="energy")  # sₜ in place of Eₜ in Eq. (5), Eqs. (19)-(22)
@@ -232,7 +232,7 @@ def departures(config: Config) -> dict:
     """What sets a run apart from others of its environment, method and weights: settings unlike their usual values.
 
     Left out are the seed and what changes no number: folders, checkpoints, the size of micro-batches; and, under
-    uniform weights, what only ActFocus reads.
+    other weights, what only ActFocus reads.
     """
     unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens"}
     usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
@@ -241,7 +241,7 @@ def departures(config: Config) -> dict:
     for budget in BUDGETS:
         if own[budget] == getattr(ENVS[config.env], budget):
             unread.add(budget)
-    if config.weights == "uniform":
+    if config.weights != "actfocus":
         unread |= {"alpha", "beta", "signal", "tag_weight", "weight_stats"}
     return {name: value for name, value in own.items() if name not in unread and value != usual[name]}
 

@@ -1,8 +1,10 @@
 """Where does uncertainty tell how much the returns of a prompt vary? Figures 1 and 2 of arXiv:2605.14558v1, in numbers.
 
-P groups of G rollouts under the policy on the first P evaluation levels; a group's mean signal over one class of
-tokens against the spread σ_g of its returns, by Spearman's ρ, for the four signals and three classes. Beside it the
-mean success and the partial correlation given the group's own success. B = P·G rows, T tokens.
+P groups of G = 16 rollouts under the policy on the first P evaluation levels (256, or all that WebShop has); a group's
+mean signal over one class of tokens against the spread σ_g of its returns, by Spearman's ρ, for the four signals and
+three classes. Beside it the mean success and the partial correlation given the group's own success m and m (1 - m), as
+a signal of the level's difficulty alone would go with σ_g too. B = P·G rows, T tokens. With `--csv TABLE` every group
+goes to TABLE-groups.csv.
 
     python evaluate.py models/tiny --bottleneck --csv results/diagnosis.csv
     for c in runs/NAME/checkpoint-*; do python evaluate.py $c --bottleneck --csv results/diagnosis.csv; done
@@ -10,7 +12,6 @@ mean success and the partial correlation given the group's own success. B = P·G
 Differs from the paper: several signals; tiny models; rollouts on levels that training does not use.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +23,13 @@ from ablation import weight_signal
 from actfocus import token_weights
 from config import Config
 from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman
-from methods import make_episodes, rollout_settings
+from methods import count_levels, make_episodes, rollout_settings
 from policy import load_model, load_tokenizer, pick_device
 from rollout import Batch, Trajectory, rollout
 from tables import append_rows
 from train import score_batch
 
-PROMPTS = 256  # P
+PROMPTS, ROLLOUTS = 256, 16  # P, G
 CLASSES = ("action", "reasoning", "response")
 
 
@@ -38,12 +39,12 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
     The policy's log-probs are computed as the reference's are, so that a policy that is the reference has a shift of
     exactly 0; those of the rollout differ in the last bits, and ranks would take that for a signal.
     """
-    device, tokenizer = pick_device(config.device), load_tokenizer(str(folder))
+    device, tokenizer, chunk = pick_device(config.device), load_tokenizer(str(folder)), 16
     policy, reference = (load_model(name, device) for name in (str(folder), config.model))
     generator, rows = torch.Generator().manual_seed(config.seed), []
-    for first in range(0, prompts, 16):
-        levels = range(first, min(first + 16, prompts))
-        rows += rollout(policy, tokenizer, make_episodes(config, levels, config.num_generations), generator,
+    for first in range(0, prompts, chunk):
+        levels = range(first, min(first + chunk, prompts))
+        rows += rollout(policy, tokenizer, make_episodes(config, levels, ROLLOUTS), generator,
                         *rollout_settings(config))
     batch = Batch.of(rows)
     scores, old_logp = score_batch(reference, batch, config), score_batch(policy, batch, config).logp
@@ -54,7 +55,7 @@ def correlations(
     signals: dict[str, Tensor], is_action: Tensor, is_reasoning: Tensor, returns: Tensor, success: Tensor,
     group_size: int,
 ) -> list[dict]:
-    """A row for every signal and class of tokens: ρ and p, and both given the group's mean success.
+    """A row for every signal and class of tokens: ρ and p, and both given the group's success m and m (1 - m).
 
     Args:
         signals: (B, T) each, a group's rows adjacent.   is_action, is_reasoning: (B, T) bool.
@@ -63,10 +64,11 @@ def correlations(
     masks = dict(zip(CLASSES, (is_action, is_reasoning, is_action | is_reasoning), strict=True))
     return_std = group_spread(returns, group_size)
     solved, rows = success.double().view(-1, group_size).mean(1).numpy(), []
+    given = solved, (solved * (1 - solved)).round(9)
     for signal, values in signals.items():
         found = action_bottleneck(values, is_action, is_reasoning, returns, group_size)
         for name, mask in masks.items():
-            partial, p = partial_spearman(group_means(values, mask, group_size), return_std, solved)
+            partial, p = partial_spearman(group_means(values, mask, group_size), return_std, *given)
             rows.append({"signal": signal, "tokens": name, "rho": found[f"rho_{name}"], "p": found[f"p_{name}"],
                          "partial_rho": partial, "partial_p": p})
     return rows
@@ -74,40 +76,50 @@ def correlations(
 
 def diagnose(config: Config, folder: Path, table: Path | None) -> None:
     """Print the diagnosis of a model, draw it, and append its rows to `table`."""
-    rows, batch, signals = scored_rollouts(config, folder, PROMPTS)
-    group_size, success = config.num_generations, torch.tensor([float(row.episode.success) for row in rows])
-    found = correlations(signals, batch.is_action, batch.is_reasoning, batch.returns, success, group_size)
+    rows, batch, signals = scored_rollouts(config, folder, min(PROMPTS, count_levels(config)))
+    success = torch.tensor([float(row.episode.success) for row in rows])
+    found = correlations(signals, batch.is_action, batch.is_reasoning, batch.returns, success, ROLLOUTS)
     of_run = folder.name.startswith("checkpoint-")
     about = {
         "model": folder.parent.name if of_run else folder.name, "env": config.env,
         "step": int(folder.name.removeprefix("checkpoint-")) if of_run else 0, "seed": config.seed,
-        "groups": len(rows) // group_size, "group_size": group_size, "temperature": config.temperature,
+        "groups": len(rows) // ROLLOUTS, "group_size": ROLLOUTS, "temperature": config.temperature,
         "mean_success": success.mean().item(), "mean_return": batch.returns.mean().item(),
         "action_fraction": (batch.is_action.sum() / batch.is_response.sum().clamp(min=1)).item(),
     }
-    print(f"{config.env}, {folder}: {about['groups']} groups x {group_size}, mean success {about['mean_success']:.3f}, "
+    print(f"{config.env}, {folder}: {about['groups']} groups x {ROLLOUTS}, mean success {about['mean_success']:.3f}, "
           f"action tokens {100 * about['action_fraction']:.1f} % of the response")
     for row in found:
         print(f"{row['tokens']:>10}  {row['signal']:<14} ρ {row['rho']:+.3f} (p {row['p']:.1e})   "
               f"given the group's success ρ {row['partial_rho']:+.3f} (p {row['partial_p']:.1e})")
-    for plot in _draw(config, folder, batch, signals["energy"], found, of_run):
-        print(f"plot {plot}")
+    groups = group_rows(signals["energy"], batch, success)
+    out = folder.parent / "plots" if of_run else Path("runs") / "bottleneck"
+    of_energy = {row["tokens"]: row for row in found if row["signal"] == "energy"}
+    print(f"plot {plots.bottleneck(of_energy, groups, out / f'bottleneck-{config.env}-{folder.name}.png')}")
+    if batch.is_action.any():
+        weights = token_weights(signals["energy"], batch.is_action, batch.is_reasoning, *config.alpha_beta)
+        pair = (values[batch.is_action].numpy() for values in (signals["energy"], weights))
+        path = out / f"weights-{config.env}-{folder.name}.png"
+        print(f"plot {plots.weight_of_energy(*pair, *config.alpha_beta, path)}")
     if table:
-        append_rows(table, [{**about, **row, **checkpoint.provenance(folder)} for row in found])
+        made = checkpoint.provenance(folder)
+        key = {name: about[name] for name in ("model", "env", "step", "seed")}
+        append_rows(table, [{**about, **row, **made} for row in found])
+        append_rows(groups_table(table), [{**key, "model_sha256": made["model_sha256"], **row} for row in groups])
         print(f"table {table}")
 
 
-def _draw(
-    config: Config, folder: Path, batch: Batch, energy: Tensor, found: list[dict], of_run: bool
-) -> Iterator[Path]:
-    """Figure 2 for the energy, and the weights that Eq. (5) makes of it."""
-    masks = dict(zip(CLASSES, (batch.is_action, batch.is_reasoning, batch.is_response), strict=True))
-    means = {name: group_means(energy, mask, config.num_generations) for name, mask in masks.items()}
-    numbers = {f"{key}_{row['tokens']}": row[key] for row in found if row["signal"] == "energy" for key in ("rho", "p")}
-    out = folder.parent / "plots" if of_run else Path("runs") / "bottleneck"
-    return_std = group_spread(batch.returns, config.num_generations)
-    yield plots.bottleneck(numbers, means, return_std, out / f"bottleneck-{config.env}-{folder.name}.png")
-    if batch.is_action.any():
-        weights = token_weights(energy, batch.is_action, batch.is_reasoning, *config.alpha_beta)[batch.is_action]
-        yield plots.weight_of_energy(energy[batch.is_action].numpy(), weights.numpy(), *config.alpha_beta,
-                                     out / f"weights-{config.env}-{folder.name}.png")
+def groups_table(table: Path) -> Path:
+    """Where the groups behind the rows of `table` are."""
+    return table.with_name(f"{table.stem}-groups.csv")
+
+
+def group_rows(energy: Tensor, batch: Batch, success: Tensor) -> list[dict]:
+    """A row a group: success, σ_g, and the mean energy of each class of tokens, NaN for one without any."""
+    masks = batch.is_action, batch.is_reasoning, batch.is_response
+    columns = {"success": success.view(-1, ROLLOUTS).mean(1).numpy(),
+               "return_std": group_spread(batch.returns, ROLLOUTS),
+               **{f"energy_{name}": group_means(energy, mask, ROLLOUTS).round(6)
+                  for name, mask in zip(CLASSES, masks, strict=True)}}
+    return [{"group": group, **dict(zip(columns, map(float, values), strict=True))}
+            for group, values in enumerate(zip(*columns.values(), strict=True))]

@@ -116,23 +116,25 @@ def spearman(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return rho, _p_value(rho, n - 2)
 
 
-def partial_spearman(first: np.ndarray, second: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """Spearman's ρ between what is left of two ranks after a line in the rank of a third, and its p-value.
+def partial_spearman(first: np.ndarray, second: np.ndarray, *given: np.ndarray) -> tuple[float, float]:
+    """Spearman's ρ between what is left of two ranks after a line in the ranks of k others, and its p-value.
 
-        ρ₁₂.₃ = (ρ₁₂ - ρ₁₃ ρ₂₃) / √((1 - ρ₁₃²)(1 - ρ₂₃²))        n - 3 degrees of freedom
+        k = 1: ρ₁₂.₃ = (ρ₁₂ - ρ₁₃ ρ₂₃) / √((1 - ρ₁₃²)(1 - ρ₂₃²))        n - 2 - k degrees of freedom
 
-    Careful: it removes what rises or falls with the third, nothing else. The spread of 0/1 returns is
-    √(m (1 - m) G / (G-1)) of their mean m: where all m lie on one side of ½ nothing of it is left to correlate.
-    NaN for fewer than 4 triples, or where the third's ranks determine another's.
+    Careful: a line removes what rises or falls with another, nothing else. The spread of 0/1 returns is
+    √(m (1 - m) G / (G-1)) of their mean m: given m alone a signal of nothing but m would seem to correlate with it,
+    given m and m (1 - m) nothing is left. NaN there, where nothing varies, and for too few rows.
     """
-    keep = ~(np.isnan(first) | np.isnan(second) | np.isnan(given))
-    pairs = ((first, second), (first, given), (second, given))
-    rho, rho13, rho23 = (spearman(one[keep], other[keep])[0] for one, other in pairs)
-    left = (1 - rho13**2) * (1 - rho23**2)
-    if keep.sum() < 4 or not left > 1e-12:
+    keep = ~np.isnan([first, second, *given]).any(0)
+    one, other, *rest = (_ranks(values[keep]) for values in (first, second, *given))
+    design = np.column_stack([np.ones(len(one)), *rest])
+    fits = [np.linalg.lstsq(design, ranks, rcond=None) for ranks in (one, other)]
+    left = [ranks - design @ fit[0] for ranks, fit in zip((one, other), fits, strict=True)]
+    freedom = len(one) - 1 - int(fits[0][2])  # less the rank of the design: what says nothing new costs nothing
+    if freedom < 1 or min(residual @ residual for residual in left) <= 1e-9 * len(one) ** 3:
         return float("nan"), float("nan")
-    partial = float(np.clip((rho - rho13 * rho23) / left**0.5, -1, 1))
-    return partial, _p_value(partial, int(keep.sum()) - 3)
+    partial = float(np.clip(left[0] @ left[1] / np.sqrt((left[0] @ left[0]) * (left[1] @ left[1])), -1, 1))
+    return partial, _p_value(partial, freedom)
 
 
 def _p_value(rho: float, freedom: int) -> float:

@@ -1,6 +1,7 @@
 """Runs grids of experiments: every combination is a run of train.py with its own folder, at one thread.
 
     python experiments.py tune main                  # all missing runs of these grids, two at a time
+    python experiments.py tune main --only "frozenlake-*"
     python experiments.py rivals --jobs 4 --list
     python experiments.py --run "frozenlake-grpo-actfocus-seed?"     # these again, whether there or not
     python experiments.py report                     # tables and figures of results/ from the committed runs
@@ -11,9 +12,9 @@ so is a run that broke down, with the reason. A run is finished only if its sett
 started from the weights that are there now.
 
 Seeds are paired: runs of one seed share training levels, evaluation levels and first weights, whatever their method.
-Learning rates are chosen for each (env, algo, weights) from RATES in runs of half the length on TUNING_SEEDS, which no
-other grid uses: the one with the highest mean success of the last TUNING_STEPS iterations' rollouts (training levels,
-each met once, so that no evaluation level takes part); the smaller one of equals; the default until all are there.
+Learning rates are chosen for each (env, algo, weights, model) from RATES on TUNING_SEEDS, which no other grid uses: the
+one with the highest mean success of the rollouts of the last third of the steps (training levels, so that no evaluation
+level takes part); the smaller one of equals. Until it is chosen, a grid of TUNED refuses to run.
 """
 
 import os
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import checkpoint
 import report
 from config import ALGOS, Config, Parser, departures, of_run, usual_settings
-from tables import Run, read_run
+from tables import Run, late_success, read_run
 
 HERE = Path(__file__).parent
 WORK, RESULTS, MODELS = HERE / "runs", HERE / "results", HERE / "models"
@@ -39,15 +40,17 @@ KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")  # the last one says that 
 WEIGHTS = ("actfocus", "uniform")
 GAMES = ("frozenlake", "sokoban", "sudoku", "webshop")
 TWO = GAMES[:2]
-SEEDS, FEW, TUNING_SEEDS = range(5), range(3), (900, 901)
-RATES, TUNING_STEPS = (1e-4, 2e-4, 4e-4), 10
+FEW, TUNING_SEEDS, RATES = range(3), (890, 894), (1e-4, 2e-4, 4e-4)
+SEEDS = {**dict.fromkeys(GAMES, range(5)), "webshop": (0, 4, 8)}  # in a shop of few goals others would share them
 VARIANTS = [  # of Eq. (5), one thing changed at a time
     {}, *({"alpha": alpha} for alpha in (0.0, 0.05, 0.3, 1.0)), *({"beta": beta} for beta in (0.0, 1.0, 2.0)),
     *({"signal": signal} for signal in ("entropy", "policy_nll", "logprob_shift")),
     {"tag_weight": "one"}, {"weight_stats": "mini_batch"},
-    {"alpha": 0.05, "beta": 0.0},  # about what a loss that averages over each class would do: action tokens are 5 %
+    {"alpha": 0.08, "beta": 0.0},  # no energy, but the classes' ratio of α = 0.1, β = 0.5, whose mean weight is 1.24
+    {"weights": "class_mean"},  # a loss that averages over each class
     {"alpha": 1.0, "beta": 0.0},  # uniform, at ActFocus' learning rate
 ]
+TUNED = ("main", "long", "slippery", "ablation", "committed")
 
 
 class Grid(NamedTuple):
@@ -66,67 +69,91 @@ def grid(seeds: Iterable[int], envs: Iterable[str], algos: Iterable[str], weight
 
 
 def grids() -> dict[str, Grid]:
-    """All grids; `main`, `ablation` and `committed` at the learning rates that the tuning runs in results/ choose."""
+    """All grids; those of TUNED at the learning rates that the tuning runs in results/ choose."""
     chosen = {cell: found["chosen"] for cell, found in tuning().items()}
 
-    def rate(env: str, algo: str, weights: str) -> dict:  # nothing before it is tuned: the environment's own then
-        found = chosen.get((env, algo, weights))
-        return {"learning_rate": found} if found else {}
-
-    def tuned(run: dict, **changes) -> dict:
+    def tuned(run: dict, **changes) -> dict:  # nothing before it is tuned: the environment's own rate then
         run = {**run, **changes}
-        return canonical({**rate(run["env"], run["algo"], run["weights"]), **run})
+        found = chosen.get(cell_of(run))
+        return canonical({**({"learning_rate": found} if found else {}), **run})
 
     def variant(run: dict, changes: dict) -> dict:  # at ActFocus' rate, also where it is uniform
-        return canonical({**run, **rate(run["env"], "grpo", "actfocus"), **changes})
+        return canonical({**tuned(run), **changes})
 
     def bare(run: dict) -> dict:  # its seed and environment, with the paper's weights
         return tuned({"seed": run["seed"], "env": run["env"], "algo": "grpo", "weights": "actfocus"})
 
     def uniform(run: dict) -> dict:
-        return tuned({name: run[name] for name in ("seed", "env", "algo", "model") if name in run}, weights="uniform")
+        rest = {name: value for name, value in run.items() if name != "learning_rate"}
+        return tuned(rest, weights="uniform")
 
-    focus = grid(SEEDS, TWO, ["grpo"], ["actfocus"])
+    focus = [run for game in TWO for run in grid(SEEDS[game], [game], ["grpo"], ["actfocus"])]
+    both = [run for game in TWO for run in grid(SEEDS[game], [game], ["grpo"], WEIGHTS)]
+    lake = [run for run in both if run["env"] == "frozenlake"]
     return {
         "tune": Grid([canonical(run) for run in tuning_runs()]),
-        "main": Grid([tuned(run) for run in grid(SEEDS, GAMES, ("grpo", "ppo"), WEIGHTS)], uniform),
+        "main": Grid([tuned(run) for game in GAMES for run in grid(SEEDS[game], [game], ("grpo", "ppo"), WEIGHTS)],
+                     uniform),
+        "long": Grid([tuned(run, max_steps=100, eval_steps=10) for run in lake], uniform),
+        "slippery": Grid([tuned(run, success_rate=0.8) for run in lake], uniform),
         "ablation": Grid([variant(run, changes) for run in focus for changes in VARIANTS], bare),
-        "rates": Grid([canonical(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, learning_rate=(5e-5, *RATES))],
+        "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)],
                       bare),
-        "committed": Grid([tuned(run) for run in grid(SEEDS, TWO, ["grpo"], WEIGHTS, model=["committed"])], uniform),
+        "committed": Grid([tuned(run, model="committed") for run in both], uniform),
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
         "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],
                        lambda run: canonical({**run, "algo": "grpo"})),
     }
 
 
-def tuning_runs(games: Iterable[str] = GAMES) -> list[dict]:
-    """The runs that learning rates are chosen from, half as long as others, evaluated at both ends only."""
-    half = {game: planned({"env": game, "algo": "grpo"}).max_steps // 2 for game in games}
-    return [run for game in games for run in grid(TUNING_SEEDS, [game], ("grpo", "ppo"), WEIGHTS, learning_rate=RATES,
-                                                  max_steps=[half[game]], eval_steps=[half[game]])]
+def cell_of(run: dict) -> tuple[str, str, str, str]:
+    """What a learning rate is chosen for."""
+    return run["env"], run["algo"], run["weights"], run.get("model", "")
+
+
+def tuning_runs() -> list[dict]:
+    """The runs that learning rates are chosen from, evaluated at both ends only."""
+    runs = []
+    for game in GAMES:
+        steps = planned({"env": game, "algo": "grpo"}).max_steps
+        runs += grid(TUNING_SEEDS, [game], ("grpo", "ppo"), WEIGHTS, learning_rate=RATES, eval_steps=[steps])
+        if game in TWO:
+            runs += grid(TUNING_SEEDS, [game], ["grpo"], WEIGHTS, learning_rate=RATES, eval_steps=[steps],
+                         model=["committed"])
+    return runs
 
 
 def tuning() -> dict[tuple, dict]:
-    """Of each (env, algo, weights) with tuning runs in results/: scores of the rates, seeds, and the chosen rate."""
+    """Of each cell with tuning runs in results/: scores of the rates, seeds, and the chosen rate."""
     cells: dict[tuple, dict[float, list[Run]]] = {}
     for run in tuning_runs():
-        folder = RESULTS / "runs" / name_of(canonical(run))
-        if (folder / KEPT[-1]).exists():
-            cell = cells.setdefault((run["env"], run["algo"], run["weights"]), {})
-            cell.setdefault(run["learning_rate"], []).append(read_run(folder))
+        one = canonical(run)
+        if (found := current(RESULTS / "runs" / name_of(one), one)) and found.evaluations:
+            cells.setdefault(cell_of(run), {}).setdefault(run["learning_rate"], []).append(found)
     return {cell: choice(by_rate) for cell, by_rate in cells.items()}
 
 
 def choice(by_rate: dict[float, list[Run]]) -> dict:
-    """The rule of the module's docstring; runs from several first weights choose nothing. A run that broke down: 0."""
-    scores = {rate: statistics.mean(0.0 if run.failure else
-                                    statistics.mean(row["success"] for row in run.metrics[-TUNING_STEPS:])
-                                    for run in runs) for rate, runs in sorted(by_rate.items())}
-    starts = {run.about.get("model_sha256") for runs in by_rate.values() for run in runs}
-    whole = len(starts) == 1 and all(len(by_rate.get(rate, [])) == len(TUNING_SEEDS) for rate in RATES)
+    """The rule of the module's docstring; a run that broke down counts 0."""
+    scores = {rate: statistics.mean(0.0 if run.failure else late_success(run) for run in runs)
+              for rate, runs in sorted(by_rate.items())}
+    whole = all(len(by_rate.get(rate, [])) == len(TUNING_SEEDS) for rate in RATES)
     return {"scores": scores, "chosen": max(scores, key=scores.get) if whole else None,
             "seeds": " ".join(map(str, sorted({run.config.seed for runs in by_rate.values() for run in runs})))}
+
+
+def check_tuned(name: str, runs: Iterable[dict]) -> None:
+    """Refuse the runs of a grid whose learning rate is not chosen yet.
+
+    Raises:
+        ValueError: it names the first of them.
+    """
+    chosen = {cell for cell, found in tuning().items() if found["chosen"]}
+    for run in runs if name in TUNED else ():
+        cell = cell_of({**run, "weights": "actfocus"} if name == "ablation" else run)
+        if cell not in chosen:
+            raise ValueError(f"{name}: no learning rate is chosen yet for {' '.join(filter(None, cell))}: first "
+                             "`python experiments.py tune`, or leave it out by --only")
 
 
 def canonical(run: dict) -> dict:
@@ -234,6 +261,7 @@ def launch(argv: list[str] | None) -> None:
     """Read the command line and do what it says."""
     parser, known = Parser(description=__doc__.splitlines()[0]), grids()
     parser.add_argument("what", nargs="*", metavar="GRID", help=f"{', '.join(known)}, or report")
+    parser.add_argument("--only", metavar="NAME", default="*", help="of the grids' runs those that match")
     parser.add_argument("--run", metavar="NAME", help="run these again, whether they are there or not; * and ? match")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--list", action="store_true", help="only say what is missing")
@@ -243,21 +271,29 @@ def launch(argv: list[str] | None) -> None:
         raise ValueError(f"expected grids ({', '.join(known)}), report or --run NAME, and --jobs of at least 1; "
                          f"got {' '.join(given.what) or 'no grid'}, --run {given.run}, --jobs {given.jobs}")
     if given.run:
-        chosen = named(given.run)
-    else:
-        wanted = {name_of(run): run for name in given.what if name != "report" for run in known[name].runs}
-        chosen = {name: run for name, run in wanted.items() if not is_finished(RESULTS / "runs" / name, run)}
-        if wanted:
-            print(f"{len(chosen)} of {len(wanted)} runs are missing")
-    if given.list:
-        print(*chosen, sep="\n")
+        work_through(named(given.run), given.jobs, given.list, again=True)
+    for name in given.what:
+        if name == "report":
+            print(*write_report(), sep="\n")
+            continue
+        runs = {name_of(run): run for run in grids()[name].runs}  # of now: `tune` may just have chosen their rates
+        wanted = {name: run for name, run in runs.items() if fnmatchcase(name, given.only)}
+        missing = {name: run for name, run in wanted.items() if not is_finished(RESULTS / "runs" / name, run)}
+        print(f"{name}: {len(missing)} of {len(wanted)} runs are missing", flush=True)
+        if not given.list:
+            check_tuned(name, missing.values())
+        work_through(missing, given.jobs, given.list)
+
+
+def work_through(runs: dict[str, dict], jobs: int, only_list: bool, again: bool = False) -> None:
+    """Run them, several side by side, and print a line about each; or only their names."""
+    if only_list:
+        print(*runs, sep="\n")
         return
     WORK.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for line in pool.map(lambda item: work_off(item[1], item[0], again=bool(given.run)), chosen.items()):
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(lambda item: work_off(item[1], item[0], again), runs.items()):
             print(line, flush=True)
-    if "report" in given.what:
-        print(*write_report(), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,7 +85,8 @@ def _curve(ax, members: Sequence[Path], label: str, colour: str, mean_only: bool
         note = "one seed: success on evaluation levels, 95 % interval over levels; faint: training rollouts"
     else:
         ax.plot(steps, success.T, color=colour, alpha=0.3, lw=0.8)
-        ax.fill_between(steps, *zip(*map(mean_interval, success.T), strict=True), color=colour, alpha=0.15, lw=0)
+        if len(members) > 2:
+            ax.fill_between(steps, *zip(*map(mean_interval, success.T), strict=True), color=colour, alpha=0.15, lw=0)
         note = "several seeds: mean and its 95 % interval (Student's); thin: each seed"
     ax.plot(steps, success.mean(0), color=colour, marker="o", label=label)
     return note
@@ -148,12 +149,13 @@ def weight_of_energy(energy: np.ndarray, weights: np.ndarray, alpha: float, beta
     return _save(figure, path)
 
 
-def bottleneck(result: dict, means: dict[str, np.ndarray], return_std: np.ndarray, path: Path) -> Path:
+def bottleneck(found: dict[str, dict], groups: Sequence[dict], path: Path) -> Path:
     """Figure 2: a point a group, mean energy of one token class against the spread of the group's returns."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
-    for axes, name, colour in zip(panels, ("action", "reasoning", "response"), COLOURS, strict=False):
-        axes.scatter(means[name], return_std, s=14, alpha=0.6, color=colour, edgecolors="none")
-        axes.set_title(f"{name} tokens: ρ = {result[f'rho_{name}']:+.2f}, p = {result[f'p_{name}']:.1e}", fontsize=10)
+    for axes, (name, row), colour in zip(panels, found.items(), COLOURS, strict=False):
+        points = [(float(group[f"energy_{name}"]), float(group["return_std"])) for group in groups]
+        axes.scatter(*zip(*points, strict=True), s=14, alpha=0.6, color=colour, edgecolors="none")
+        axes.set_title(f"{name} tokens: ρ = {float(row['rho']):+.2f}, p = {float(row['p']):.1e}", fontsize=10)
         axes.set_xlabel("mean energy of the group, nats")
     panels[0].set_ylabel("std of returns in the group, σ_g")
     return _save(figure, path)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import plots
-from diagnosis import CLASSES
+from diagnosis import CLASSES, groups_table
 from energy import SIGNALS
 from tables import (
     MADE_WITH,
@@ -21,6 +21,7 @@ from tables import (
     by_setting,
     difference_rows,
     evaluation_rows,
+    pooled_rows,
     read_run,
     read_table,
     run_row,
@@ -29,7 +30,7 @@ from tables import (
 )
 
 Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
-GRIDS = ("defaults", "main", "ablation", "rates", "committed", "rivals", "other")
+GRIDS = ("defaults", "main", "long", "slippery", "ablation", "rates", "committed", "rivals", "other")
 PICTURES = {  # each at the top of its part of the page, with what it shows
     "defaults": ("defaults.png", "Learning curves of the defaults on each game"),
     "main": ("learning.png", "Learning curves of PPO and GRPO, with ActFocus and with uniform weights"),
@@ -37,7 +38,7 @@ PICTURES = {  # each at the top of its part of the page, with what it shows
     "differences": ("differences.png", "Paired differences in final success, with intervals"),
     "diagnosis": ("diagnosis.png", "Correlation of energy and spread of returns along training"),
 }
-KEY = ("model", "model_sha256", "env", "step", "seed", "signal", "tokens")  # of a row of diagnosis.csv
+KEY = ("model", "model_sha256", "env", "step", "seed")  # of a diagnosis
 
 
 def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]) -> list[str]:
@@ -53,17 +54,22 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     pairs = {grid: [(runs[one], runs[other]) for one, other in names if one in runs and other in runs]
              for grid, names in grids.items()}
     differences = [row for grid, both in pairs.items() for row in difference_rows(grid, both)]
-    floors, diagnosis = results / "floors.csv", latest(read_table(results / "diagnosis.csv"))
+    pooled = pooled_rows("main", pairs.get("main", []))
+    floors, table = results / "floors.csv", results / "diagnosis.csv"
+    diagnosis = latest(read_table(table), *KEY, "signal", "tokens")
+    of_levels = latest(read_table(groups_table(table)), *KEY, "group")
     groups = {grid: by_setting(members.get(grid, [])).values() for grid in GRIDS}
     settings = {grid: [{"grid": grid, **setting_row(group, floors)} for group in groups[grid]] for grid in GRIDS}
     write_table(results / "runs.csv", [run_row(run, floors) for run in runs.values()])
     write_table(results / "evaluations.csv", evaluation_rows(runs.values()))
     write_table(results / "settings.csv", [row for rows in settings.values() for row in rows])
     write_table(results / "differences.csv", differences)
+    write_table(results / "pooled.csv", pooled)
     parts = {grid: settings_table(rows) + differences_table([d for d in differences if d["grid"] == grid])
              for grid, rows in settings.items()}
+    parts["main"] += pooled_table(pooled)
     parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis), "differences": []}
-    drawn = figures(results, members, differences, diagnosis)
+    drawn = figures(results, members, differences, diagnosis) + figure_2(results, diagnosis, of_levels)
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
             parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
@@ -85,6 +91,23 @@ def figures(results: Path, members: dict[str, list[Run]], differences: list[dict
     for _, _, picture in wanted:
         (results / picture).unlink(missing_ok=True)
     return [path for rows, draw, picture in wanted if rows and (path := draw(rows, results / picture))]
+
+
+def figure_2(results: Path, diagnosis: list[dict], groups: list[dict]) -> list[Path]:
+    """The scatter of every model's first diagnosis of every environment."""
+    for old in results.glob("bottleneck-*.png"):
+        old.unlink()
+    drawn, starts = [], {tuple(row[name] for name in KEY): row for row in groups if row["step"] == "0"}
+    for key, first in starts.items():
+        found = {row["tokens"]: row for row in of_key(diagnosis, key) if row["signal"] == "energy"}
+        path = results / f"bottleneck-{first['env']}-{first['model']}.png"
+        drawn.append(plots.bottleneck(found, of_key(groups, key), path))
+    return drawn
+
+
+def of_key(rows: Iterable[dict], key: tuple) -> list[dict]:
+    """The rows of one diagnosis."""
+    return [row for row in rows if tuple(row[name] for name in KEY) == key]
 
 
 def fill(text: str, parts: dict[str, list[str]]) -> str:
@@ -112,11 +135,12 @@ def settings_table(rows: Sequence[dict]) -> list[str]:
         letter = letters.setdefault(made, chr(ord("a") + len(letters)))
         body.append([row["env"], row["algo"], row["weights"], row["settings"] or "-", f"{row['learning_rate']:g}",
                      row["seeds"], row["steps"], row["n"], percent(row["before"]),
-                     f"{percent(row['final'])} {interval(row['final_low'], row['final_high'])}", percent(row["peak"]),
+                     f"{percent(row['final'])} {interval(row['final_low'], row['final_high'])}".strip(),
+                     percent(row["rollouts"]), percent(row["peak"]),
                      percent(row["decay"]), percent(row["area"]), reached(row), percent(row["floor"]),
                      percent(row["ceiling"]), str(row["broke_down"]), letter, f"`{row['command']}`"])
-    head = ["env", "algo", "weights", "other settings", "lr", "seeds", "steps", "n", "before", "final [95 %]", "peak",
-            "decay", "area", "80 % of ceiling", "floor", "ceiling", "broke down", "made", "again"]
+    head = ["env", "algo", "weights", "other settings", "lr", "seeds", "steps", "n", "before", "final [95 %]",
+            *MEASURES[1:], "80 % of ceiling", "floor", "ceiling", "broke down", "made", "again"]
     names = *MADE_WITH, "first weights"
     notes = [f"- {letter}: " + ", ".join(f"{name} {value}" for name, value in zip(names, made, strict=True)
                                          if value not in ("", "None")) for made, letter in letters.items()]
@@ -139,30 +163,42 @@ def differences_table(rows: Sequence[dict]) -> list[str]:
                      interval(final["student_low"], final["student_high"]) or "-",
                      f"{final['above']} of {final['pairs']}", *cells[1:]])
     head = ["env", "algo", "weights", "lr", "against", "paired seeds", "final [bootstrap]", "[Student]",
-            "seeds above", "peak", "decay", "area"]
+            "seeds above", *MEASURES[1:]]
     return ["", *markdown(head, body)] if body else []
+
+
+def pooled_table(rows: Sequence[dict]) -> list[str]:
+    """Markdown: the paired differences of all games together, a row a method."""
+    methods: dict[tuple, list[str]] = {}
+    for row in rows:
+        cells = methods.setdefault(tuple(row[name] for name in ("algo", "weights", "against", "seeds")), [])
+        cells.append(f"{percent(row['mean'], sign=True)} {interval(row['low'], row['high'])}")
+    head = ["all games together", "weights", "against", "paired seeds", "final [bootstrap]", *MEASURES[1:]]
+    return ["", *markdown(head, [[*key, *cells] for key, cells in methods.items()])] if methods else []
 
 
 def tuning_table(tuning: dict[tuple, dict]) -> list[str]:
     """Markdown: the score of every learning rate on the tuning seeds, and the one that is used."""
     rates = sorted({rate for cell in tuning.values() for rate in cell["scores"]})
-    head, body = ["env", "algo", "weights", *(f"{rate:g}" for rate in rates), "seeds", "chosen"], []
-    for cell, found in sorted(tuning.items()):
+    head, body = ["env", "algo", "weights", "model", *(f"{rate:g}" for rate in rates), "seeds", "chosen"], []
+    for (env, algo, weights, model), found in sorted(tuning.items()):
         scores = (percent(found["scores"][rate]) if rate in found["scores"] else "-" for rate in rates)
-        body.append([*cell, *scores, found["seeds"], f"{found['chosen']:g}" if found["chosen"] else "-"])
+        edge = " (edge)" if found["chosen"] in (rates[0], rates[-1]) else ""
+        chosen = f"{found['chosen']:g}{edge}" if found["chosen"] else "-"
+        body.append([env, algo, weights, model or "tiny", *scores, found["seeds"], chosen])
     return markdown(head, body) if body else []
 
 
-def latest(rows: Iterable[dict]) -> list[dict]:
-    """Of rows about the same thing the last one."""
-    return list({tuple(row[name] for name in KEY): row for row in rows}.values())
+def latest(rows: Iterable[dict], *names: str) -> list[dict]:
+    """Of rows that agree in these columns the last one."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     """Markdown: ρ of every signal at every class of tokens; ρ given the group's success; * where p < 0.05."""
     grouped: dict[tuple, dict[tuple, dict]] = {}
     for row in rows:
-        grouped.setdefault(tuple(row[name] for name in KEY[:5]), {})[row["signal"], row["tokens"]] = row
+        grouped.setdefault(tuple(row[name] for name in KEY), {})[row["signal"], row["tokens"]] = row
     body = []
     for key, found in sorted(grouped.items(), key=lambda item: (item[0][2], item[0][0], int(item[0][3]))):
         model, digest, env, step, seed = key

@@ -2,12 +2,13 @@
 
     results/runs/NAME/   what a run left: settings with commit, versions and hardware, metrics, evaluations
     runs.csv             a row a run          evaluations.csv   a row an evaluation
-    settings.csv         a row a setting      differences.csv   a row a paired difference
-    floors.csv, diagnosis.csv, README.md (between its markers), *.png
+    settings.csv         a row a setting      differences.csv   a row a paired difference     pooled.csv   of all games
+    floors.csv, diagnosis.csv, diagnosis-groups.csv, README.md (between its markers), *.png
 
 A setting is what the seeds of one row share. Runs of one seed share levels and first weights, so settings are compared
 seed by seed. Of every run: success before training, in the last evaluation (final) and in the best one (peak), decay
-(peak - final), area (mean of the learning curve), steps until 80 % of the ceiling.
+(peak - final), area (mean of the learning curve), steps until 80 % of the ceiling; and success of the rollouts of the
+last third of the steps, which are sampled at temperature 1 on training levels, and are more than an evaluation.
 """
 
 import csv
@@ -27,7 +28,7 @@ from methods import env_options
 from metrics import bootstrap_interval, mean_interval
 from train import evaluate_player
 
-MEASURES = ("final", "peak", "decay", "area")  # those that are compared seed by seed
+MEASURES = ("final", "rollouts", "peak", "decay", "area")  # those that are compared seed by seed
 SHARED = (  # what two runs must share to be a pair: levels, budgets, evaluation
     "env", "seed", "max_steps", "num_prompts", "num_generations", "temperature", "max_response_tokens", "max_context",
     "prompt_style", "max_turns", "actions_per_turn", "max_actions", "format_penalty", "success_rate", "frozen",
@@ -74,9 +75,16 @@ def measures(run: Run, ceiling: float) -> dict[str, float | None]:
     steps, success = (np.array([line[name] for line in run.evaluations]) for name in ("step", "success"))
     reached = steps[success >= 0.8 * ceiling]
     area = float(np.trapezoid(success, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(success[0])
-    return {"before": float(success[0]), "final": float(success[-1]), "peak": float(success.max()),
+    return {"before": float(success[0]), "final": float(success[-1]), "rollouts": late_success(run),
+            "peak": float(success.max()),
             "decay": float(success.max() - success[-1]), "area": area,
             "to_80": int(reached[0]) if len(reached) else None}
+
+
+def late_success(run: Run) -> float:
+    """Mean success of the rollouts of the last third of the steps."""
+    late = [row["success"] for row in run.metrics[-max(1, len(run.metrics) // 3):]]
+    return statistics.mean(late) if late else float("nan")
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
@@ -89,6 +97,15 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[s
     student_low, student_high = mean_interval(differences) if len(differences) > 1 else (None, None)
     return {"mean": statistics.mean(differences), "low": low, "high": high, "student_low": student_low,
             "student_high": student_high, "above": sum(d > 0 for d in differences), "pairs": len(differences)}
+
+
+def pooled_difference(games: Sequence[Sequence[float]]) -> dict[str, float | int]:
+    """Mean over games of their mean paired difference; 95 % bootstrap interval, each game's seeds resampled apart."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(np.asarray(game), (10_000, len(game))).mean(1) for game in games]
+    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    return {"mean": statistics.mean(map(statistics.mean, games)), "low": float(low), "high": float(high),
+            "above": sum(statistics.mean(game) > 0 for game in games), "games": len(games)}
 
 
 def is_pair(run: Run, other: Run) -> bool:
@@ -152,19 +169,19 @@ def by_setting(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
     return dict(sorted(groups.items(), key=lambda item: str(item[0])))
 
 
-def seed_interval(runs: Sequence[Run], measure: str, ceiling: float = 1.0) -> tuple[float, float]:
-    """95 % interval of a setting's mean: Student's over seeds; of one run that of its last evaluation, over levels."""
-    if len(runs) > 1:
-        return mean_interval([measures(run, ceiling)[measure] for run in runs])
-    last = runs[0].evaluations[-1]
-    return last["low"], last["high"]
+def seed_interval(runs: Sequence[Run]) -> tuple[float | None, float | None]:
+    """95 % interval of a setting's mean final success: Student's over seeds, none for two, over levels for one."""
+    last = [run.evaluations[-1] for run in runs]
+    if len(runs) == 1:
+        return last[0]["low"], last[0]["high"]
+    return mean_interval([line["success"] for line in last]) if len(runs) > 2 else (None, None)
 
 
 def setting_row(runs: Sequence[Run], floors: Path) -> dict:
     """The seeds of one setting as a row of settings.csv: means over seeds."""
     rows = [run_row(run, floors) for run in runs]
     first, reached = rows[0], [row["to_80"] for row in rows if row["to_80"] is not None]
-    low, high = seed_interval(runs, "final")
+    low, high = seed_interval(runs)
     means = {name: statistics.mean(row[name] for row in rows) for name in ("before", *MEASURES, "minutes")}
     several = {name: " ".join(sorted({str(row[name]) for row in rows})) for name in ("n", *MADE_WITH, "model_sha256")}
     return {**{name: first[name] for name in ("env", "game", "algo", "weights", "settings", "learning_rate")},
@@ -194,6 +211,24 @@ def difference_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
     return rows
 
 
+def pooled_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
+    """Of each method the paired differences of all games together, a row a measure."""
+    methods: dict[tuple, dict[str, list[tuple[Run, Run]]]] = {}
+    for run, other in pairs:
+        if run.setting != other.setting and is_pair(run, other):
+            key = run.config.algo, run.config.weights, other.config.weights
+            methods.setdefault(key, {}).setdefault(run.config.env, []).append((run, other))
+    rows = []
+    for (algo, weights, against), games in sorted(methods.items()):
+        about = {"grid": grid, "algo": algo, "weights": weights, "against": against,
+                 "seeds": ", ".join(f"{env} {len(members)}" for env, members in sorted(games.items()))}
+        for measure in MEASURES:
+            differences = [[measures(run, 1.0)[measure] - measures(other, 1.0)[measure] for run, other in members]
+                           for members in games.values()]
+            rows.append({**about, "measure": measure, **pooled_difference(differences)})
+    return rows
+
+
 def describe_setting(setting: tuple, beside: tuple) -> str:
     """A setting in words: weights, and what else differs from another one of the same environment."""
     _, algo, weights, rest, rate, *_ = setting
@@ -205,13 +240,14 @@ def result_rows(runs: Sequence[Run]) -> list[str]:
     """The main README's Markdown rows: success before and after, 95 % interval, minutes of training."""
     table = []
     for (env, algo, weights, rest, *_), members in by_setting(runs).items():
-        low, high = seed_interval(members, "final")
+        low, high = seed_interval(members)
+        shown = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         before, after = (statistics.mean(run.evaluations[i]["success"] for run in members) for i in (0, -1))
         seeds = " ".join(str(run.config.seed) for run in members)
         steps = "-".join(map(str, sorted({run.evaluations[-1]["step"] for run in members})))
         name = ", ".join([weights, label(rest)] if rest else [weights])
-        table.append(f"| {env} | {algo} | {name} | {seeds} | {steps} | {100 * before:.1f} | {100 * after:.1f} "
-                     f"[{100 * low:.1f}, {100 * high:.1f}] | {statistics.mean(map(minutes, members)):.0f} |")
+        table.append(f"| {env} | {algo} | {name} | {seeds} | {steps} | {100 * before:.1f} | "
+                     f"{100 * after:.1f}{shown} | {statistics.mean(map(minutes, members)):.0f} |")
     return table
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plots
-from ablation import tag_mask, weight_signal
+from ablation import class_mean_weights, tag_mask, weight_signal
 from actfocus import policy_loss, token_weights, whiten
 from baselines import kl_estimate, value_loss
 from checkpoint import State
@@ -91,6 +91,8 @@ def score_batch(model: transformers.PreTrainedModel, batch: Batch, config: Confi
 def weigh(config: Config, batch: Batch, index: slice | Tensor = slice(None)) -> Tensor:
     """(B, T): wₜ of the rows at `index`, standardised over their own action tokens. Eq. (5)."""
     is_action, is_reasoning = batch.is_action[index], batch.is_reasoning[index]
+    if config.weights == "class_mean":
+        return class_mean_weights(is_action, is_reasoning)
     weights = token_weights(batch.signal[index], is_action, is_reasoning, *config.alpha_beta)
     return weights if batch.is_tag is None else torch.where(batch.is_tag[index] & is_reasoning, 1.0, weights)
 

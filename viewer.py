@@ -118,7 +118,8 @@ def _head(scene: Scene, returns: Sequence[float]) -> str:
     """Which model, which settings, and the returns of the level's rollouts."""
     config, (alpha, beta) = scene.config, scene.config.alpha_beta
     counts = Counter(f"{value:.2f}" for value in returns)  # in their order
-    facts = {"model": scene.folder, "reference": config.model, "weights": f"{config.weights}, α {alpha:g}, β {beta:g}",
+    numbers = "" if config.weights == "class_mean" else f", α {alpha:g}, β {beta:g}"
+    facts = {"model": scene.folder, "reference": config.model, "weights": config.weights + numbers,
              "advantages": f"not shown: {scene.missing}" if scene.missing else config.algo,
              "batch": f"P = {config.num_prompts}, G = {config.num_generations}, temperature {config.temperature:g}",
              "returns": ", ".join(f"{number} × {value}" for value, number in counts.items())}

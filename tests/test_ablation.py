@@ -9,8 +9,8 @@ from torch import tensor
 
 import train
 import viewer
-from ablation import tag_mask, tag_tokens, weight_signal
-from actfocus import token_weights
+from ablation import class_mean_weights, tag_mask, tag_tokens, weight_signal
+from actfocus import policy_loss, token_weights
 from config import Config
 from energy import SIGNALS
 from methods import sample
@@ -54,6 +54,25 @@ def step(tiny, **options):
     settings = config(tiny, max_response_tokens=60, **options)
     state = train.build_state(settings)
     return settings, *train.iteration(settings, state, 0), state
+
+
+def test_class_means_make_the_loss_the_mean_of_two_means():
+    is_action = tensor([[0, 0, 0, 1, 0], [0, 1, 1, 0, 0]]).bool()
+    is_reasoning = tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    weights = class_mean_weights(is_action, is_reasoning)
+    # 3 tokens of each class and 6 in all: 6 / (2 · 3) = 1
+    assert weights.tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
+    weights = class_mean_weights(is_action[:1], is_reasoning[:1])  # 1 and 2 of 3: 3 / 2 and 3 / 4
+    assert weights.tolist() == [[0, 0.75, 0.75, 1.5, 0]]
+    logp, advantages = tensor([[9.0, 1.0, 4.0, 2.0, 9.0]]), tensor([[9.0, 3.0, 5.0, 7.0, 9.0]])
+    loss = policy_loss(logp, logp, advantages, weights)
+    assert loss.item() == pytest.approx(-((3 + 5) / 2 + 7) / 2)
+    assert class_mean_weights(is_action[:1], is_action[:1] & False).tolist() == [[0, 0, 0, 0.5, 0]]
+
+
+def test_the_run_with_class_means_gives_each_class_half_of_the_weight(tiny):
+    _, metrics, batch, _ = step(tiny, weights="class_mean")
+    assert metrics["weight_share_action"] == pytest.approx(0.5) and (batch.weights > 0).equal(batch.is_response)
 
 
 def test_by_default_the_signal_is_the_energy_and_the_weights_are_equation_5(tiny):

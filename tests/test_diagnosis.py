@@ -26,6 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Plots go below the working folder; few groups."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diagnosis, "PROMPTS", 6)
+    monkeypatch.setattr(diagnosis, "ROLLOUTS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,23 @@ def test_rows_of_several_checkpoints_gather_in_one_table(tiny, run, tmp_path):
     (shift,) = [row["rho"] for row in rows
                 if (row["model"], row["signal"], row["tokens"]) == ("tiny", "logprob_shift", "action")]
     assert math.isnan(float(shift))  # the policy is its own reference: no shift, and no rounding taken for one
+    groups = read(tmp_path / "diagnosis-groups.csv")
+    assert len(groups) == 3 * 6 and [row["group"] for row in groups[:6]] == list("012345")
+    for digest in {row["model_sha256"] for row in rows}:
+        own = [row for row in groups if row["model_sha256"] == digest]
+        mean = np.mean([float(row["success"]) for row in own])
+        (about,) = [row for row in rows
+                    if (row["model_sha256"], row["signal"], row["tokens"]) == (digest, "energy", "action")]
+        assert float(about["mean_success"]) == pytest.approx(mean, abs=1e-6)
+        columns = [np.array([float(row[name]) for row in own]) for name in ("energy_action", "return_std")]
+        assert spearman(*columns)[0] == pytest.approx(float(about["rho"]), nan_ok=True)
+
+
+def test_webshops_groups_are_of_different_goals(monkeypatch):
+    shop = config("models/tiny", env="webshop")
+    monkeypatch.setattr(diagnosis, "PROMPTS", 256)
+    assert min(diagnosis.PROMPTS, diagnosis.count_levels(shop)) == 128
+    assert diagnosis.count_levels(config("models/tiny")) > 256
 
 
 def test_the_policys_log_probs_are_those_of_the_checkpoint_and_the_references_those_of_the_first_model(tiny, run):
@@ -94,7 +112,8 @@ def test_correlations_are_those_of_the_groups(monkeypatch):
     spread, solved = returns.view(10, 4).std(1).numpy(), success.view(10, 4).double().mean(1).numpy()
     means = values[:, 1].view(10, 4).mean(1).numpy()
     assert (action["rho"], action["p"]) == pytest.approx(spearman(means, spread))
-    assert (action["partial_rho"], action["partial_p"]) == pytest.approx(partial_spearman(means, spread, solved))
+    assert (action["partial_rho"], action["partial_p"]) == pytest.approx(
+        partial_spearman(means, spread, solved, (solved * (1 - solved)).round(9)))
     both = values[:, 1:].reshape(10, 8).mean(1).numpy()
     assert response["rho"] == pytest.approx(spearman(both, spread)[0])
     assert [row["tokens"] for row in (action, reasoning, response)] == list(diagnosis.CLASSES)

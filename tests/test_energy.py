@@ -154,9 +154,24 @@ def test_partial_spearman_takes_out_what_a_common_cause_explains():
 
 def test_partial_spearman_is_nan_where_the_third_determines_another_or_triples_are_few():
     values = np.arange(6.0), np.array([2.0, 1, 3, 4, 6, 5])
-    for given in (values[0] ** 3, -values[1], np.ones(6)):
+    for given in (values[0] ** 3, -values[1]):
         assert np.isnan(energy.partial_spearman(*values, given)).all()
+    assert energy.partial_spearman(*values, np.ones(6)) == pytest.approx(energy.spearman(*values))  # takes nothing out
     assert np.isnan(energy.partial_spearman(*(v[:3] for v in values), np.array([1.0, 3, 2]))).all()
+
+
+def test_a_signal_of_the_difficulty_alone_does_not_correlate_given_the_success_and_its_bend():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        chance = rng.beta(1, 2.4, 256)
+        solved = rng.binomial(16, chance) / 16
+        signal, bend = -chance + 0.1 * rng.standard_normal(256), (solved * (1 - solved)).round(9)
+        noisy = bend + 0.02 * rng.standard_normal(256)  # returns that are not quite 0 or 1, or nothing were left
+        cases = (bend, []), (bend, [solved]), (noisy, [solved, bend])
+        found.append([energy.partial_spearman(signal, spread, *given)[1] < 0.05 for spread, given in cases])
+    plain, given_mean, given_both = np.mean(found, axis=0)
+    assert plain > 0.9 and given_mean > 0.2 and given_both < 0.1
+    assert np.isnan(energy.partial_spearman(signal, np.sqrt(bend), solved, bend)).all()  # 0/1 returns: nothing is left
 
 
 def test_spearman_leaves_out_pairs_with_nan_and_is_nan_where_nothing_varies():

@@ -27,11 +27,12 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-def put(results, run, success, failure="", digest="d"):
+def put(results, run, success, failure="", digest=None):
     """A finished run whose rollouts had this success in all of its iterations but for the first ones."""
     folder = results / "runs" / name_of(canonical(run))
     folder.mkdir()
     settings = train.asdict(experiments.planned(run))
+    digest = digest or train.checkpoint.weights_digest(experiments.MODELS / "tiny")
     (folder / "config.json").write_text(json.dumps({"config": settings, "model_sha256": digest}))
     rows = [{"step": i, "success": 0.99 if i < 20 else success} for i in range(30)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,13 +65,15 @@ def test_every_planned_run_is_one_that_train_accepts_and_has_its_own_name(result
 
 def test_the_grids_have_what_the_issue_asks_for(results):
     grids = {name: {name_of(run) for run in grid.runs} for name, grid in experiments.grids().items()}
-    assert len(grids["main"]) == 4 * 2 * 2 * 5 and len(grids["tune"]) == 4 * 2 * 2 * 3 * 2
-    assert len(grids["ablation"]) == 15 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
+    assert len(grids["main"]) == (3 * 5 + 3) * 2 * 2 and len(grids["tune"]) == (4 * 2 + 2) * 2 * 3 * 2
+    assert len(grids["ablation"]) == 16 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
+    assert len(grids["long"]) == len(grids["slippery"]) == 2 * 5 and len(grids["rates"]) == 2 * 2 * 4 * 5
     assert len(grids["rivals"]) == 7 * 2 * 3 and len(grids["defaults"]) == 4 * 3
     for part in ("alpha0.0", "alpha0.05", "alpha0.3", "alpha1.0", "beta0.0", "beta1.0", "beta2.0", "signalentropy",
                  "signalpolicy_nll", "signallogprob_shift", "tag_weightone", "weight_statsmini_batch"):
         assert {f"{env}-grpo-actfocus-seed{seed}-{part}" for env in ("frozenlake", "sokoban")
                 for seed in range(5)} <= grids["ablation"]
+    assert {"frozenlake-grpo-class_mean-seed4", "sokoban-grpo-actfocus-seed0-alpha0.08-beta0.0"} <= grids["ablation"]
     shared = grids["ablation"] & grids["main"]
     assert len(shared) == 2 * 2 * 5  # ActFocus as the paper has it, and uniform: not run twice
     tuned = {run["seed"] for run in experiments.grids()["tune"].runs}
@@ -78,10 +81,23 @@ def test_the_grids_have_what_the_issue_asks_for(results):
     assert not tuned & others and tuned == set(experiments.TUNING_SEEDS)
 
 
+def test_webshops_seeds_of_main_and_the_tuning_seeds_meet_no_training_goal_twice():
+    shop = experiments.planned({"env": "webshop", "algo": "grpo"})
+    goals = len(methods.build_env(shop).parts["train"])
+
+    def met(seed):
+        first = methods.FIRST_TRAIN_SEED * (1 + seed)
+        return {level % goals for level in range(first, first + shop.max_steps * shop.num_prompts)}
+
+    seeds = [*experiments.SEEDS["webshop"], *experiments.TUNING_SEEDS]
+    assert goals == 878 and len(set.union(*map(met, seeds))) == 160 * len(seeds)
+    assert len(set.intersection(*map(met, experiments.FEW))) == 76
+
+
 def scores(results, weights, by_rate, **options):
     for rate, success in by_rate.items():
         for seed in experiments.TUNING_SEEDS:
-            run = {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "max_steps": 15, "eval_steps": 15}
+            run = {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "eval_steps": 30}
             put(results, run, success, **options)
 
 
@@ -90,7 +106,7 @@ def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
     scores(results, "uniform", {1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.3})
     found = experiments.tuning()
     assert {cell[2]: one["chosen"] for cell, one in found.items()} == {"actfocus": 4e-4, "uniform": 2e-4}
-    assert found["frozenlake", "grpo", "actfocus"]["scores"] == pytest.approx({1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.7})
+    assert found["frozenlake", "grpo", "actfocus", ""]["scores"] == pytest.approx({1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.7})
     names = {grid: {name_of(run) for run in one.runs} for grid, one in experiments.grids().items()}
     assert {"frozenlake-grpo-actfocus-seed0-learning_rate0.0004", "frozenlake-grpo-uniform-seed0-learning_rate0.0002",
             "frozenlake-ppo-actfocus-seed0", "sokoban-grpo-actfocus-seed0"} <= names["main"]
@@ -104,6 +120,24 @@ def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
         "frozenlake-grpo-uniform-seed0-learning_rate0.0002")
 
 
+def test_a_grid_starts_only_at_rates_that_are_chosen_and_those_of_now(results, monkeypatch, capsys):
+    started = []
+
+    def tune(run, name, again):
+        started.append(name)
+        if run["seed"] in experiments.TUNING_SEEDS:
+            put(results, run, 0.9 if run.get("learning_rate") == 2e-4 else 0.5)
+        return name
+
+    monkeypatch.setattr(experiments, "work_off", tune)
+    assert experiments.main(["main", "--only", "frozenlake-grpo-*"]) == 2 and not started
+    assert "no learning rate is chosen yet for frozenlake grpo actfocus: first" in capsys.readouterr().err
+    assert experiments.main(["tune", "ablation", "main", "--only", "frozenlake-grpo-*", "--jobs", "1"]) == 0
+    assert len([name for name in started if "committed" not in name]) == 12 + 16 * 5 + 10
+    assert all("learning_rate0.0002" in name for name in started[24:])
+    assert experiments.main(["main", "--list"]) == 0 and experiments.main(["main"]) == 2
+
+
 def test_of_equal_rates_the_smaller_one_is_chosen_and_a_run_that_broke_down_counts_0(results):
     scores(results, "uniform", {1e-4: 0.4, 2e-4: 0.6, 4e-4: 0.6})
     scores(results, "actfocus", {1e-4: 0.4, 2e-4: 0.5})
@@ -111,7 +145,7 @@ def test_of_equal_rates_the_smaller_one_is_chosen_and_a_run_that_broke_down_coun
     assert [one["chosen"] for _, one in sorted(experiments.tuning().items())] == [2e-4, 2e-4]
 
 
-def test_nothing_is_chosen_before_all_tuning_runs_are_there_or_from_several_models(results):
+def test_nothing_is_chosen_before_all_tuning_runs_are_there_or_from_another_model(results):
     scores(results, "uniform", {1e-4: 0.4, 2e-4: 0.6})
     scores(results, "actfocus", {1e-4: 0.4, 2e-4: 0.5})
     scores(results, "actfocus", {4e-4: 0.9}, digest="another")
@@ -155,7 +189,7 @@ def test_a_run_from_other_weights_or_with_other_settings_is_not_finished(small, 
     about = json.loads((folder / "config.json").read_text())
     assert about["model_sha256"] == train.checkpoint.weights_digest(tiny)
     for change in ({"model_sha256": "another"}, {"model_sha256": None},
-                   {"config": {**about["config"], "learning_rate": 3e-4}}):
+                   {"config": {**about["config"], "learning_rate": 7e-4}}):
         (folder / "config.json").write_text(json.dumps({**about, **change}))
         assert not experiments.is_finished(folder, small)
     for broken in ("", "{", "{}"):

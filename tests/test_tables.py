@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ def make_run(success, seed=0, failure="", digest="a", **settings):
 def test_the_measures_of_a_learning_curve_by_hand():
     # area: (0.25 + 0.75) / 2 · 10 + (0.75 + 0.5) / 2 · 10 = 5 + 6.25 = 11.25, over 20 steps .5625
     assert measures(make_run([0.25, 0.75, 0.5]), 0.9) == {
-        "before": 0.25, "final": 0.5, "peak": 0.75, "decay": 0.25, "area": pytest.approx(0.5625), "to_80": 10}
+        "before": 0.25, "final": 0.5, "rollouts": 0.5, "peak": 0.75, "decay": 0.25, "area": pytest.approx(0.5625),
+        "to_80": 10}
     assert measures(make_run([0.25, 0.75, 0.5]), 1.0)["to_80"] is None  # .8 was never reached
     assert measures(make_run([0.5]), 0.5)["area"] == 0.5 and measures(make_run([0.5]), 0.5)["to_80"] == 0
 
@@ -38,6 +39,37 @@ def test_area_weighs_evaluations_by_the_steps_between_them():
     run = make_run([0.0, 1.0, 1.0])
     run.evaluations[2]["step"] = 40  # 5 over the first ten, 30 over the next thirty: 35 / 40
     assert measures(run, 1.0)["area"] == pytest.approx(0.875)
+
+
+def test_late_success_is_the_mean_of_the_rollouts_of_the_last_third():
+    run = make_run([0.0] * 8)
+    for row, success in zip(run.metrics, [0.9, 0.9, 0.9, 0.9, 0.9, 0.25, 0.5], strict=True):
+        row["success"] = success
+    assert tables.late_success(run) == 0.375  # two of seven steps
+    assert tables.late_success(make_run([0.0, 0.5])) == 0.5
+
+
+def test_the_interval_of_a_setting_is_over_seeds_and_there_is_none_of_two():
+    one, two, *_ = runs = [make_run([0.1, final]) for final in (0.5, 0.6, 0.7)]
+    # Student's: mean .6, std .1, t₂ = 4.303: half 4.303 · .1 / √3 = .2484
+    assert tables.seed_interval(runs) == pytest.approx((0.6 - 0.2484, 0.6 + 0.2484), abs=1e-3)
+    assert tables.seed_interval([one, two]) == (None, None) and tables.seed_interval([one]) == (0.5, 0.5)
+    (row,) = tables.result_rows([one, make_run([0.1, 0.6], seed=1)])
+    assert row.endswith("| 10.0 | 55.0 | 1 |")
+
+
+def test_games_are_pooled_as_equals_whatever_their_number_of_seeds():
+    # Means .1 and .4: .25, not the mean of all five. Only the first game varies: half of its own bootstrap [0, .2].
+    found = tables.pooled_difference([[0.0, 0.2], [0.4, 0.4, 0.4]])
+    assert found == pytest.approx({"mean": 0.25, "low": 0.2, "high": 0.3, "above": 2, "games": 2})
+    pairs = [(make_run([0.2, 0.5], seed, env=env, **BY_ENV["laptop"].get(env, {})),
+              make_run([0.2, 0.4], seed, env=env, weights="uniform", **BY_ENV["laptop"].get(env, {})))
+             for env, seeds in (("frozenlake", range(2)), ("sokoban", range(3))) for seed in seeds]
+    rows = tables.pooled_rows("main", [*pairs, (pairs[0][0], make_run([0.1, 0.1], 7))])  # the last is no pair
+    assert [row["measure"] for row in rows] == list(tables.MEASURES)
+    assert (rows[0]["seeds"], rows[0]["mean"]) == ("frozenlake 2, sokoban 3", pytest.approx(0.1))
+    line = report.pooled_table(rows)[3]
+    assert line.startswith("| grpo | actfocus | uniform | frozenlake 2, sokoban 3 | +10.0 [10.0, 10.0] |")
 
 
 def test_the_paired_difference_of_a_known_case():
@@ -89,7 +121,7 @@ def test_a_row_of_a_setting_keeps_runs_that_broke_down(tmp_path):
     row = setting_row(runs, tmp_path / "floors.csv")
     assert (row["seeds"], row["broke_down"], row["final"], row["decay"]) == ("0 1", 1, 0.5, pytest.approx(0.05))
     assert row["reached_80"] == 1 and row["to_80"] == 10 and row["minutes"] == 1
-    assert row["final_low"] < 0 < 1 < row["final_high"]  # Student's, of .9 and .1: .5 ± 12.7 · .4
+    assert row["final_low"] is None  # of two seeds
     assert row["command"] == 'python experiments.py --run "frozenlake-grpo-actfocus-seed?"'
     assert 0 <= row["floor"] < row["ceiling"] == 1
     (floor, ceiling) = read_table(tmp_path / "floors.csv")
@@ -130,7 +162,8 @@ def diagnosis_rows(step, rho, model="run"):
 
 
 def test_the_diagnosis_is_a_row_a_checkpoint_and_class_the_last_one_counts(tmp_path):
-    rows = report.latest([*diagnosis_rows(10, 0.5), *diagnosis_rows(0, -0.2), *diagnosis_rows(10, 0.25)])
+    rows = report.latest([*diagnosis_rows(10, 0.5), *diagnosis_rows(0, -0.2), *diagnosis_rows(10, 0.25)],
+                         *report.KEY, "signal", "tokens")
     lines = report.diagnosis_table(rows)
     assert len(lines) == 2 + 2 * 3
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
@@ -139,13 +172,35 @@ def test_the_diagnosis_is_a_row_a_checkpoint_and_class_the_last_one_counts(tmp_p
     assert report.plots.diagnosis(rows, tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figure_2_is_drawn_of_the_groups_of_every_model_before_training(tmp_path):
+    def groups(step):
+        key = {name: row[name] for row in diagnosis_rows(step, 0.1) for name in report.KEY}
+        return [{**key, "group": str(i), "return_std": str(0.1 * i), **{f"energy_{name}": str(i) for name in
+                                                                         report.CLASSES}} for i in range(3)]
+
+    (tmp_path / "bottleneck-old.png").touch()
+    drawn = report.figure_2(tmp_path, diagnosis_rows(0, 0.1) + diagnosis_rows(10, 0.2), groups(0) + groups(10))
+    assert drawn == [tmp_path / "bottleneck-frozenlake-run.png"] == [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("row", [row for row in read_table(RESULTS / "floors.csv")
+                                 if row["env"] in ("frozenlake", "sokoban")], ids=lambda row: row["settings"][:40])
+def test_the_committed_floors_and_ceilings_are_what_the_players_reach_today(row, tmp_path):
+    settings = json.loads(row["settings"])
+    names = {field.name for field in fields(Config)}
+    config = Config(env=row["env"], eval_prompts=settings["prompts"], eval_samples=settings["samples"],
+                    **{name: value for name, value in settings.items() if name in names})
+    found = tables.floor_and_ceiling(config, tmp_path / "floors.csv")
+    assert found[row["player"] == "oracle ceiling"] == float(row["success"])
+
+
 @pytest.fixture(scope="module")
 def again(tmp_path_factory):
     """results/ with everything made of runs written once more, from a copy without what can be made."""
     made = tmp_path_factory.mktemp("again") / "results"
     made.mkdir()
     shutil.copytree(RESULTS / "runs", made / "runs")
-    for name in ("README.md", "floors.csv", "diagnosis.csv"):
+    for name in ("README.md", "floors.csv", "diagnosis.csv", "diagnosis-groups.csv"):
         if (RESULTS / name).exists():
             shutil.copy(RESULTS / name, made)
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +210,7 @@ def again(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["README.md", "runs.csv", "settings.csv", "evaluations.csv", "differences.csv",
-                                  "floors.csv"])
+                                  "pooled.csv", "floors.csv"])
 def test_the_committed_tables_are_what_the_report_writes(again, name):
     written, there = again / name, RESULTS / name
     assert written.exists() == there.exists() and (not there.exists() or written.read_text() == there.read_text())
@@ -165,8 +220,8 @@ def test_every_committed_run_has_a_row_with_seed_steps_n_interval_floor_and_prov
     rows = {row["run"]: row for row in read_table(again / "runs.csv")}
     assert rows.keys() == {folder.name for folder in (RESULTS / "runs").iterdir()}
     for row in rows.values():
-        for name in ("seed", "steps", "n", "final", "final_low", "final_high", "floor", "ceiling", "commit", "torch",
-                     "python", "transformers", "machine", "threads", "command"):
+        for name in ("seed", "steps", "n", "final", "rollouts", "final_low", "final_high", "floor", "ceiling", "commit",
+                     "torch", "python", "transformers", "machine", "threads", "command"):
             assert row[name] != "", name
     seeds = sum(len(row["seeds"].split()) for row in read_table(again / "settings.csv") if row["grid"] == "main")
     assert seeds == sum(run in {experiments.name_of(r) for r in experiments.grids()["main"].runs} for run in rows)
