@@ -151,7 +151,7 @@ def weight_of_energy(energy: np.ndarray, weights: np.ndarray, alpha: float, beta
 
 def bottleneck(found: dict[str, dict], groups: Sequence[dict], path: Path) -> Path:
     """Figure 2: a point a group, mean energy of one token class against the spread of the group's returns."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, len(found), figsize=(3.7 * len(found), 3.6), layout="constrained", sharey=True)
     for axes, (name, row), colour in zip(panels, found.items(), COLOURS, strict=False):
         points = [(float(group[f"energy_{name}"]), float(group["return_std"])) for group in groups]
         axes.scatter(*zip(*points, strict=True), s=14, alpha=0.6, color=colour, edgecolors="none")

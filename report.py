@@ -202,7 +202,7 @@ def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     body = []
     for key, found in sorted(grouped.items(), key=lambda item: (item[0][2], item[0][0], int(item[0][3]))):
         model, digest, env, step, seed = key
-        for tokens in CLASSES:
+        for tokens in (name for name in CLASSES if ("energy", name) in found):
             first = found["energy", tokens]
             cells = [f"{correlation(row['rho'], row['p'])} ({correlation(row['partial_rho'], row['partial_p'])})"
                      for row in (found[signal, tokens] for signal in SIGNALS)]

@@ -14,7 +14,8 @@ import diagnosis
 import evaluate
 import train
 from energy import SIGNALS, partial_spearman, spearman
-from policy import load_model
+from policy import TINY, load_model, load_tokenizer
+from rollout import Trajectory
 
 pytest_plugins = ["tiny"]
 SHORT = [part for name in ("max_response_tokens", "max_context", "num_prompts", "num_generations", "mini_batch_size")
@@ -85,10 +86,10 @@ def test_rows_of_several_checkpoints_gather_in_one_table(tiny, run, tmp_path):
 
 
 def test_webshops_groups_are_of_different_goals(monkeypatch):
-    shop = config("models/tiny", env="webshop")
+    shop = config(TINY, env="webshop")
     monkeypatch.setattr(diagnosis, "PROMPTS", 256)
     assert min(diagnosis.PROMPTS, diagnosis.count_levels(shop)) == 128
-    assert diagnosis.count_levels(config("models/tiny")) > 256
+    assert diagnosis.count_levels(config(TINY)) > 256
 
 
 def test_the_policys_log_probs_are_those_of_the_checkpoint_and_the_references_those_of_the_first_model(tiny, run):
@@ -107,8 +108,8 @@ def test_correlations_are_those_of_the_groups(monkeypatch):
     values, returns = torch.tensor(rng.standard_normal((40, 3))), torch.tensor(rng.standard_normal(40))
     success = torch.tensor(rng.integers(0, 2, 40))
     is_action, is_reasoning = (torch.tensor([[False, here, not here]]).expand(40, 3) for here in (True, False))
-    (action, reasoning, response) = diagnosis.correlations({"energy": values}, is_action, is_reasoning, returns,
-                                                           success, 4)
+    masks = is_action, is_reasoning, is_action | is_reasoning, is_action & False
+    (action, reasoning, response, commitment) = diagnosis.correlations({"energy": values}, masks, returns, success, 4)
     spread, solved = returns.view(10, 4).std(1).numpy(), success.view(10, 4).double().mean(1).numpy()
     means = values[:, 1].view(10, 4).mean(1).numpy()
     assert (action["rho"], action["p"]) == pytest.approx(spearman(means, spread))
@@ -116,7 +117,34 @@ def test_correlations_are_those_of_the_groups(monkeypatch):
         partial_spearman(means, spread, solved, (solved * (1 - solved)).round(9)))
     both = values[:, 1:].reshape(10, 8).mean(1).numpy()
     assert response["rho"] == pytest.approx(spearman(both, spread)[0])
-    assert [row["tokens"] for row in (action, reasoning, response)] == list(diagnosis.CLASSES)
+    assert [row["tokens"] for row in (action, reasoning, response, commitment)] == list(diagnosis.CLASSES)
+    assert math.isnan(commitment["rho"])  # no thought names its moves
+    masks = is_action, is_reasoning, is_action | is_reasoning, is_reasoning
+    *_, commitment = diagnosis.correlations({"energy": values}, masks, returns, success, 4)
+    assert commitment["rho"] == reasoning["rho"]  # all reasoning tokens name moves
+
+
+@pytest.mark.parametrize("game, response, named, kept", [
+    ("frozenlake", "<think>Hm. I go Left and Up.</think><answer>Left || Up</answer>", ["Left", "Up"], 1.0),
+    ("sokoban", "<think>Hm. I go Left.</think><answer>Right</answer>", ["Left"], 0.0),
+    ("sudoku", "<think>I put 3 at 1,2.</think><answer>1,2,3</answer>", [], math.nan),  # no word before it
+    ("sudoku", "<think>Hm. I put 3 at 1,2.</think><answer>1,2,3</answer>", ["3", "at", "1,2"], 1.0),
+    ("webshop", "<think>Hm. I go Left.</think><answer>search[a]</answer>", [], math.nan),
+    ("frozenlake", "<think>Hm. I go Left. No.</think><answer>Left</answer>", [], math.nan),  # not at its end
+    ("frozenlake", "<think>Hm. I go Left.</think>", [], math.nan),  # no answer
+])
+def test_commitments_are_the_tokens_of_the_moves_at_a_thoughts_end(game, response, named, kept):
+    tokenizer = load_tokenizer(str(TINY))
+    row = Trajectory(None, [], [], [], [], [], [])
+    row.read(tokenizer.encode("a prompt"))
+    start = len(row.tokens)
+    for token in tokenizer.encode(response):
+        row.write(token, 0.0, 0.0, 0.0)
+    row.close(tokenizer)
+    mask, share = diagnosis.commitments([row], tokenizer, game)
+    words = [tokenizer.decode([token]).strip() for token, here in zip(row.tokens, mask[0], strict=True) if here]
+    assert [word for word in words if word != "and"] == named and not mask[0, :start].any()
+    assert share == pytest.approx(kept, nan_ok=True)
 
 
 def test_a_table_with_other_columns_is_left_alone(tiny, tmp_path, capsys):
