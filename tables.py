@@ -90,11 +90,11 @@ def late_success(run: Run) -> float:
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
     """Mean of first - second over paired seeds, its 95 % percentile bootstrap interval over seeds, and Student's.
 
-    One pair has no interval. `above` counts the pairs with first > second.
+    Fewer than three pairs have no interval. `above` counts the pairs with first > second.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    low, high = bootstrap_interval(differences) if len(differences) > 1 else (None, None)
-    student_low, student_high = mean_interval(differences) if len(differences) > 1 else (None, None)
+    low, high = bootstrap_interval(differences) if len(differences) > 2 else (None, None)
+    student_low, student_high = mean_interval(differences) if len(differences) > 2 else (None, None)
     return {"mean": statistics.mean(differences), "low": low, "high": high, "student_low": student_low,
             "student_high": student_high, "above": sum(d > 0 for d in differences), "pairs": len(differences)}
 
@@ -212,17 +212,18 @@ def difference_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
 
 
 def pooled_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
-    """Of each method the paired differences of all games together, a row a measure."""
+    """Of each method the paired differences of all games together that have three pairs, a row a measure."""
     methods: dict[tuple, dict[str, list[tuple[Run, Run]]]] = {}
     for run, other in pairs:
         if run.setting != other.setting and is_pair(run, other):
             key = run.config.algo, run.config.weights, other.config.weights
             methods.setdefault(key, {}).setdefault(run.config.env, []).append((run, other))
     rows = []
-    for (algo, weights, against), games in sorted(methods.items()):
+    for (algo, weights, against), by_game in sorted(methods.items()):
+        games = {env: members for env, members in by_game.items() if len(members) > 2}
         about = {"grid": grid, "algo": algo, "weights": weights, "against": against,
                  "seeds": ", ".join(f"{env} {len(members)}" for env, members in sorted(games.items()))}
-        for measure in MEASURES:
+        for measure in MEASURES if len(games) > 1 else ():
             differences = [[measures(run, 1.0)[measure] - measures(other, 1.0)[measure] for run, other in members]
                            for members in games.values()]
             rows.append({**about, "measure": measure, **pooled_difference(differences)})

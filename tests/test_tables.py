@@ -64,12 +64,13 @@ def test_games_are_pooled_as_equals_whatever_their_number_of_seeds():
     assert found == pytest.approx({"mean": 0.25, "low": 0.2, "high": 0.3, "above": 2, "games": 2})
     pairs = [(make_run([0.2, 0.5], seed, env=env, **BY_ENV["laptop"].get(env, {})),
               make_run([0.2, 0.4], seed, env=env, weights="uniform", **BY_ENV["laptop"].get(env, {})))
-             for env, seeds in (("frozenlake", range(2)), ("sokoban", range(3))) for seed in seeds]
+             for env, seeds in (("frozenlake", range(3)), ("sokoban", range(4)), ("sudoku", range(2)))
+             for seed in seeds]
     rows = tables.pooled_rows("main", [*pairs, (pairs[0][0], make_run([0.1, 0.1], 7))])  # the last is no pair
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
-    assert (rows[0]["seeds"], rows[0]["mean"]) == ("frozenlake 2, sokoban 3", pytest.approx(0.1))
+    assert (rows[0]["seeds"], rows[0]["mean"]) == ("frozenlake 3, sokoban 4", pytest.approx(0.1))
     line = report.pooled_table(rows)[3]
-    assert line.startswith("| grpo | actfocus | uniform | frozenlake 2, sokoban 3 | +10.0 [10.0, 10.0] |")
+    assert line.startswith("| grpo | actfocus | uniform | frozenlake 3, sokoban 4 | +10.0 [10.0, 10.0] |")
 
 
 def test_the_paired_difference_of_a_known_case():
@@ -79,8 +80,8 @@ def test_the_paired_difference_of_a_known_case():
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.2, 0, 0.6))
     assert (found["student_low"], found["student_high"]) == pytest.approx((0.2 - 0.5552, 0.2 + 0.5552), abs=1e-3)
     assert (found["above"], found["pairs"]) == (1, 5)
-    one = paired_difference([0.75], [0.5])
-    assert one["mean"] == 0.25 and one["low"] is None and one["student_high"] is None
+    few = paired_difference([0.75, 0.5], [0.5, 0.5])
+    assert few["mean"] == 0.125 and few["low"] is None and few["student_high"] is None
 
 
 def test_pairing_takes_out_what_seeds_have_in_common():
@@ -90,18 +91,18 @@ def test_pairing_takes_out_what_seeds_have_in_common():
 
 
 def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only(tmp_path):
-    focus = [make_run([0.2, 0.5 + 0.1 * seed], seed) for seed in range(3)]
-    uniform = [make_run([0.2, 0.4], seed, weights="uniform") for seed in range(3)]
+    focus = [make_run([0.2, 0.5 + 0.1 * seed], seed) for seed in range(4)]
+    uniform = [make_run([0.2, 0.4], seed, weights="uniform") for seed in range(4)]
     assert is_pair(focus[0], uniform[0]) and is_pair(focus[0], make_run([1.0], learning_rate=2e-4, algo="ppo"))
     for other in (make_run([0.2], 1), make_run([0.2], digest="b"), make_run([0.2], eval_prompts=64),
                   make_run([0.2], max_steps=40), make_run([0.2], success_rate=0.5),
                   make_run([0.2], model="somebody/other")):
         assert not is_pair(focus[0], other)
-    stranger = replace(uniform[2], about={"model_sha256": "b"})
-    rows = difference_rows("main", zip(focus, [*uniform[:2], stranger], strict=True))
+    stranger = replace(uniform[3], about={"model_sha256": "b"})
+    rows = difference_rows("main", zip(focus, [*uniform[:3], stranger], strict=True))
     final = next(row for row in rows if row["measure"] == "final")
-    assert (final["seeds"], final["pairs"], final["against"]) == ("0 1", 2, "uniform")
-    assert final["mean"] == pytest.approx(0.15)  # (.1 + .2) / 2
+    assert (final["seeds"], final["pairs"], final["against"]) == ("0 1 2", 3, "uniform")
+    assert final["mean"] == pytest.approx(0.2)  # (.1 + .2 + .3) / 3
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
     assert difference_rows("main", [(focus[0], focus[0])]) == []
     (tmp_path / "rivals.png").touch()  # of runs that are no more
