@@ -94,7 +94,7 @@ def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
     out = printed(capsys, "--bench", "--model", tiny, *SHORT)
     ratios = [float(x) for x in re.findall(r": (\d+\.\d\d) \[", out)]
-    assert len(ratios) == 14 and min(ratios) > 0.05
+    assert len(ratios) == 16 and min(ratios) > 0.05
     share = float(re.search(r"reference pass takes: (\d\.\d\d)", out).group(1))
     assert 0 < share < 0.5
 
