@@ -107,7 +107,7 @@ class Config:
 
     @property
     def alpha_beta(self) -> tuple[float, float]:
-        """α and β of the run's weights; uniform is α = 1, β = 0."""
+        """α and β of the run's weights; uniform is α = 1, β = 0, and class means read neither."""
         return (self.alpha, self.beta) if self.weights == "actfocus" else (1.0, 0.0)
 
     def __post_init__(self):

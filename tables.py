@@ -114,6 +114,12 @@ def is_pair(run: Run, other: Run) -> bool:
     return len(starts) == 1 and all(getattr(run.config, name) == getattr(other.config, name) for name in SHARED)
 
 
+def real_pairs(pairs: Iterable[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
+    """Those of two settings that are pairs, in order of their seeds."""
+    found = [(run, other) for run, other in pairs if run.setting != other.setting and is_pair(run, other)]
+    return sorted(found, key=lambda pair: pair[0].config.seed)
+
+
 def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
     """Success of the random player and of the oracle on a run's evaluation levels; played once, kept in `table`."""
     game = ENVS[config.env]
@@ -196,9 +202,8 @@ def setting_row(runs: Sequence[Run], floors: Path) -> dict:
 def difference_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
     """Paired differences of the first runs of the pairs to the second ones, a row a setting and measure."""
     groups: dict[tuple, list[tuple[Run, Run]]] = {}
-    for run, other in sorted(pairs, key=lambda pair: pair[0].config.seed):
-        if run.setting != other.setting and is_pair(run, other):
-            groups.setdefault((run.setting, other.setting), []).append((run, other))
+    for run, other in real_pairs(pairs):
+        groups.setdefault((run.setting, other.setting), []).append((run, other))
     rows = []
     for (setting, against), members in sorted(groups.items(), key=str):
         env, algo, weights, rest, rate, *_ = setting
@@ -214,10 +219,9 @@ def difference_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
 def pooled_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
     """Of each method the paired differences of all games together that have three pairs, a row a measure."""
     methods: dict[tuple, dict[str, list[tuple[Run, Run]]]] = {}
-    for run, other in pairs:
-        if run.setting != other.setting and is_pair(run, other):
-            key = run.config.algo, run.config.weights, other.config.weights
-            methods.setdefault(key, {}).setdefault(run.config.env, []).append((run, other))
+    for run, other in real_pairs(pairs):
+        key = run.config.algo, run.config.weights, other.config.weights
+        methods.setdefault(key, {}).setdefault(run.config.env, []).append((run, other))
     rows = []
     for (algo, weights, against), by_game in sorted(methods.items()):
         games = {env: members for env, members in by_game.items() if len(members) > 2}
