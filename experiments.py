@@ -87,8 +87,8 @@ def grids() -> dict[str, Grid]:
         rest = {name: value for name, value in run.items() if name != "learning_rate"}
         return tuned(rest, weights="uniform")
 
-    focus = [run for game in TWO for run in grid(SEEDS[game], [game], ["grpo"], ["actfocus"])]
     both = [run for game in TWO for run in grid(SEEDS[game], [game], ["grpo"], WEIGHTS)]
+    focus = [run for run in both if run["weights"] == "actfocus"]
     lake = [run for run in both if run["env"] == "frozenlake"]
     return {
         "tune": Grid([canonical(run) for run in tuning_runs()]),
