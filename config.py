@@ -231,10 +231,11 @@ def of_run(run: Path) -> Config:
 def departures(config: Config) -> dict:
     """What sets a run apart from others of its environment, method and weights: settings unlike their usual values.
 
-    Left out are the seed and what changes no number: folders, checkpoints, the size of micro-batches; and, under
-    other weights, what only ActFocus reads.
+    Left out are the seed and what changes no number but by rounding: folders, checkpoints, threads, the size of
+    micro-batches; and, under other weights, what only ActFocus reads.
     """
-    unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens"}
+    unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens",
+              "num_threads"}
     usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
     own = {**asdict(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name

@@ -433,7 +433,7 @@ def play(env: Env, player: Player, seeds: Iterable[int], replica: int = 0) -> li
 
 def main() -> None:
     """Play an environment in the terminal."""
-    parser = argparse.ArgumentParser(description="Play an environment; ? asks the oracle.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Play an environment; ? asks the oracle.")
     parser.add_argument("--env", choices=list(ENVS), default="frozenlake")
     parser.add_argument("--seed", type=int, default=0, help="level")
     args = parser.parse_args()
@@ -446,8 +446,11 @@ def main() -> None:
             break
         if answer.strip() == "?":
             print("oracle:", next(iter(episode.env.solve()), "no way left"))
-        elif message := episode.act(answer):
-            print(message)
+        else:
+            invalid, message = episode.invalid_turns, episode.act(answer)
+            if episode.invalid_turns > invalid:
+                print(f"No action understood: the turn is spent and costs {episode.format_penalty}.")
+            print(message or "")
     print(episode.observation, f"return {episode.return_:.1f}, success {episode.success}", sep="\n")
 
 

@@ -134,7 +134,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def _load(cls: type, name: str, **options):
     """`from_pretrained`, with one clear line where folder, name or network is missing."""
-    if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/")) or name.count("/") > 1):
+    if not Path(name).is_dir() and (name.startswith((".", os.sep, "models/", "runs/")) or name.count("/") > 1):
         raise ValueError(f"cannot load model {name!r}: there is no such folder")
     for library in ("huggingface_hub", "transformers"):  # their retries and tables would bury the one clear line
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -242,8 +242,9 @@ def describe_setting(setting: tuple, beside: tuple) -> str:
 
 
 def result_rows(runs: Sequence[Run]) -> list[str]:
-    """The main README's Markdown rows: success before and after, 95 % interval, minutes of training."""
-    table = []
+    """The main README's Markdown table: success before and after, 95 % interval, minutes of training."""
+    table = ["| env | algo | weights | seeds | steps | before | after [95 % interval] | minutes |",
+             "|---|---|---|---|---|---|---|---|"]
     for (env, algo, weights, rest, *_), members in by_setting(runs).items():
         low, high = seed_interval(members)
         shown = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"

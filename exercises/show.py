@@ -19,8 +19,11 @@ def main(argv: list[str]) -> int:
         runs = [[json.loads(line) for line in text.splitlines()] for text in texts]
         columns = [[f"{folder.name}:{key}", *(f"{row[key]:.6g}" for row in rows)]
                    for folder, rows in zip(folders, runs, strict=True) for key in keys]
-    except (OSError, KeyError) as error:
-        print(f"error: no such run or key: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: no such run: {error}", file=sys.stderr)
+        return 2
+    except KeyError as error:
+        print(f"error: no such key: {error}; there are {', '.join(runs[0][0])}", file=sys.stderr)
         return 2
     columns.insert(0, ["step", *(str(row["step"]) for row in runs[0])])
     for cells in zip(*columns, strict=False):

@@ -4,7 +4,8 @@
     python exercises/hints.py token_energy 1                # then 2, then 3
 
 B trajectories, a group's rows adjacent; T tokens; V vocabulary. Where a token is neither reasoning nor action (prompt,
-observation, padding) any number may stand, NaN too, and nothing of it may reach a result. Inputs need not be checked.
+observation, padding) any number may stand, NaN too, and nothing of it may reach a result. Inputs need not be checked;
+results have the dtype of what goes in, float32 or float64.
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def policy_loss(
         clip_low, clip_high: ε_low, ε_high.
         total_weight: what to write for Σₜ wₜ in the denominator, if given: the sum of a larger batch.
     Returns:
-        Scalar; 0, with gradient 0, where all weights are 0.
+        Scalar; 0, with gradient 0, where all weights are 0. ρₜ can be too large for a float: where Aₜ is 0 it counts 0.
     """
     raise NotImplementedError
 

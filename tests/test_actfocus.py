@@ -68,6 +68,7 @@ def test_an_answer_inside_the_thought_is_reasoning():
 
 
 def test_a_response_without_the_structure_is_all_reasoning():
+    """Without <think>…</think><answer>…</answer>, in this order and from the start, nothing is an action token."""
     for text in (
         "", "Up", "<answer>Up</answer>", "<think>a</think>Up", "<think>a</think><answer>Up",
         "<think>a<answer>Up</answer>", "<think>a</think> so <answer>Up</answer>", "<answer>Up</answer><think>a</think>",
@@ -79,11 +80,13 @@ def test_a_response_without_the_structure_is_all_reasoning():
 
 
 def test_text_after_the_answer_is_reasoning():
+    """Only the answer that is executed counts; what follows it is reasoning, a second answer too."""
     pieces = ["<think></think>", "<answer>", "Up", "</answer>", "Down", "<answer>", "Left", "</answer>"]
     assert graded.classify_tokens(pieces)[1].nonzero().flatten().tolist() == [2]
 
 
 def test_an_empty_answer_has_no_action_token():
+    """White space alone inside the answer is no action token."""
     assert actfocus.answer_span("<think></think><answer></answer>") == (23, 23)
     assert not graded.classify_tokens(["<think></think><answer>", " ", "</answer>"])[1].any()
 
@@ -102,6 +105,7 @@ def test_the_pieces_of_a_split_character_share_its_class():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_classes_equal_the_loop_over_characters(seed):
+    """Token t is the characters from the sum of the lengths before it on; one of them in the answer is enough."""
     rng = random.Random(seed)
     words = ["<think>", "</think>", "<answer>", "</answer>", "Up", " ", "\n", "||", "é", "<", ">"]
     good = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -121,7 +125,7 @@ def test_classes_equal_the_loop_over_characters(seed):
 
 
 def test_eq5_weights_of_three_action_tokens_by_hand():
-    """μ_E and σ_E run over the action tokens of the whole batch, and the variance is divided by N, not by N - 1."""
+    """α at reasoning, 0 elsewhere, 1 + β·sigmoid(z) at actions; μ_E, σ_E of all the batch's actions, variance / N."""
     # Action energies 1, 1, 4: mean 2, deviations -1, -1, 2, variance (1 + 1 + 4) / 3 = 2 (not 6 / 2: population).
     # z = -1/√2 = -0.707107, and 2/√2 = 1.414214; sigmoid(-0.707107) = 1/(1 + 2.028115) = 0.330238,
     # sigmoid(1.414214) = 1/(1 + 0.243117) = 0.804430. With β = 0.5: 1 + 0.165119 and 1 + 0.402215.
@@ -142,6 +146,7 @@ def test_eq5_epsilon_is_added_to_the_variance_under_the_root():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_weights_equal_the_loop_on_ragged_batches(seed):
+    """NaN stands wherever there is no response: pick the action tokens' energies out first."""
     batch, *_, lengths = ragged_batch(seed)
     weights = graded.token_weights(**batch, alpha=0.25, beta=1.5, eps=1e-3)
     expected = literal.token_weights(*(cut(v, lengths) for v in batch.values()), 0.25, 1.5, 1e-3)
@@ -150,28 +155,22 @@ def test_weights_equal_the_loop_on_ragged_batches(seed):
 
 
 def test_alpha_one_beta_zero_is_uniform_bit_for_bit():
+    """α = 1 and β = 0: weight 1 at every response token, exactly."""
     batch, *_ = ragged_batch(0)
     is_response = batch["is_action"] | batch["is_reasoning"]
     weights = graded.token_weights(**batch, alpha=1.0, beta=0.0)
     assert torch.equal(weights, is_response.double())
 
 
-def test_with_uniform_weights_the_loss_is_the_mean_of_ppos_over_response_tokens():
-    batch, logp, old_logp, advantages, _ = ragged_batch(0)
-    is_response = batch["is_action"] | batch["is_reasoning"]
-    weights = is_response.double()  # α = 1, β = 0, and Eq. (6) is Eq. (11)
-    ratio = (logp - old_logp)[is_response].exp()
-    unclipped, clipped = (r * advantages[is_response] for r in (ratio, ratio.clamp(0.8, 1.28)))
-    close(graded.policy_loss(logp, old_logp, advantages, weights), -torch.min(unclipped, clipped).mean())
-
-
 def test_beta_zero_gives_every_action_token_one_bit_for_bit():
+    """β = 0 takes the energy away: 1 at every action token, exactly."""
     batch, *_ = ragged_batch(1)
     assert (graded.token_weights(**batch, beta=0.0)[batch["is_action"]] == 1).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_weights_stay_in_their_ranges_and_rise_with_energy(seed):
+    """Between 1 and 1 + β at actions, more for more energy; α at reasoning; 0 elsewhere."""
     batch, *_ = ragged_batch(seed)
     weights = graded.token_weights(**batch, alpha=0.1, beta=0.5)
     by_energy = weights[batch["is_action"]][batch["energy"][batch["is_action"]].argsort()]
@@ -189,6 +188,7 @@ def test_equal_energies_and_a_single_action_token_get_the_middle_weight():
 
 
 def test_a_batch_without_action_tokens_weighs_alpha_everywhere():
+    """No action token, no mean: it must not become NaN."""
     every = torch.ones(2, 3, dtype=torch.bool)
     close(graded.token_weights(torch.randn(2, 3), ~every, every, alpha=0.3), [[0.3] * 3] * 2)
 
@@ -215,6 +215,7 @@ def test_weights_do_not_depend_on_padding_on_row_order_or_on_what_stands_at_othe
 
 
 def test_a_shift_of_all_energies_changes_no_weight():
+    """Standardised: only differences of energies count."""
     batch, *_ = ragged_batch(3)
     for shift in (-1000.0, 0.37, 1000.0):
         shifted = batch | {"energy": batch["energy"] + shift}
@@ -260,8 +261,19 @@ def test_eq7_gradient_is_the_reasoning_and_the_action_sum_by_hand():
     close(logp.grad, [[-0.142857, -0.714286], [0.0714286, 0.5]])
 
 
+def test_with_uniform_weights_the_loss_is_the_mean_of_ppos_over_response_tokens():
+    """All weights 1: the mean over all response tokens of the batch, not a mean of the rows' means."""
+    batch, logp, old_logp, advantages, _ = ragged_batch(0)
+    is_response = batch["is_action"] | batch["is_reasoning"]
+    weights = is_response.double()  # α = 1, β = 0, and Eq. (6) is Eq. (11)
+    ratio = (logp - old_logp)[is_response].exp()
+    unclipped, clipped = (r * advantages[is_response] for r in (ratio, ratio.clamp(0.8, 1.28)))
+    close(graded.policy_loss(logp, old_logp, advantages, weights), -torch.min(unclipped, clipped).mean())
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_loss_equals_the_loop_on_ragged_batches(seed):
+    """NaN stands wherever w = 0, and NaN · 0 is NaN: put 0 in place (torch.where) before the exp. One sum, one Σw."""
     batch, logp, old_logp, advantages, lengths = ragged_batch(seed)
     weights = actfocus.token_weights(**batch)
     rows = (cut(v, lengths) for v in (logp, old_logp, advantages, weights))
@@ -269,6 +281,7 @@ def test_loss_equals_the_loop_on_ragged_batches(seed):
 
 
 def test_one_advantage_for_a_row_is_that_advantage_at_every_token():
+    """Advantages of shape (B,) hold for all tokens of their row."""
     batch, logp, old_logp, *_ = ragged_batch(4)
     per_row, weights = torch.randn(8, dtype=torch.float64), actfocus.token_weights(**batch)
     broadcast = per_row[:, None].expand_as(logp)
@@ -278,6 +291,7 @@ def test_one_advantage_for_a_row_is_that_advantage_at_every_token():
 
 
 def test_the_loss_is_zero_at_ratio_one_with_centred_advantages_and_its_gradient_is_not():
+    """ρ = 1 is a number with a gradient: old_logp is detached, logp is not."""
     logp = tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
     loss = graded.policy_loss(logp, logp.detach(), tensor([1.0, -1.0]), torch.ones(2, 2))
     loss.backward()
@@ -285,6 +299,7 @@ def test_the_loss_is_zero_at_ratio_one_with_centred_advantages_and_its_gradient_
 
 
 def test_loss_gradient_passes_gradcheck_and_is_zero_where_clipped():
+    """Where the clipped product is the smaller one it is a constant: no gradient."""
     batch, logp, old_logp, advantages, _ = ragged_batch(0)
     weights = actfocus.token_weights(**batch)
     logp, old_logp = torch.where(weights > 0, logp, 0.0), torch.where(weights > 0, old_logp, 0.0)
@@ -309,14 +324,30 @@ def test_nothing_at_prompt_observation_or_padding_reaches_value_or_gradient():
     masked = ~(batch["is_action"] | batch["is_reasoning"])
     results = []
     for filler in (0.0, NAN, math.inf, -math.inf, 1e30):
-        inputs = [v.masked_fill(masked, filler).requires_grad_() for v in (logp, old_logp, advantages)]
-        loss = graded.policy_loss(*inputs, weights)
+        filled = logp.masked_fill(masked, filler).requires_grad_()
+        loss = graded.policy_loss(filled, *(v.masked_fill(masked, filler) for v in (old_logp, advantages)), weights)
         loss.backward()
-        assert loss.isfinite() and (inputs[0].grad[masked] == 0).all() and (inputs[0].grad[~masked] != 0).any()
-        assert inputs[1].grad is None and inputs[2].grad is None
-        results.append((loss, inputs[0].grad))
+        assert loss.isfinite() and (filled.grad[masked] == 0).all() and (filled.grad[~masked] != 0).any()
+        results.append((loss, filled.grad))
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_only_logp_gets_a_gradient():
+    """Old log-probs, advantages and weights are numbers: detach them."""
+    batch, *rest, _ = ragged_batch(1)
+    inputs = [v.nan_to_num().requires_grad_() for v in (*rest, actfocus.token_weights(**batch))]
+    graded.policy_loss(*inputs).backward()
+    assert [v.grad is None for v in inputs] == [False, True, True, True]
+
+
+def test_a_ratio_too_large_for_a_float_times_an_advantage_of_zero_is_zero():
+    """∞ · 0 is NaN: exp of more than 88 is infinite in float32, so cap the exponent far beyond the clip range."""
+    logp = tensor([[0.0, -1.0]], requires_grad=True)
+    loss = graded.policy_loss(logp, tensor([[-100.0, -1.0]]), tensor([[0.0, 2.0]]), torch.ones(1, 2))
+    loss.backward()
+    close(loss, -1.0)  # -(0 + 1 · 2) / 2
+    close(logp.grad, [[0, -1.0]])
 
 
 def test_no_weight_at_all_gives_zero_with_gradient_zero():
@@ -328,6 +359,7 @@ def test_no_weight_at_all_gives_zero_with_gradient_zero():
 
 
 def test_loss_does_not_depend_on_padding_row_order_or_the_scale_of_the_weights():
+    """One sum over all tokens over one sum of all weights: nothing is averaged row by row."""
     batch, logp, old_logp, advantages, _ = ragged_batch(2)
     inputs = [logp, old_logp, advantages, actfocus.token_weights(**batch)]
     loss = graded.policy_loss(*inputs)
@@ -399,6 +431,7 @@ def test_eq3_advantages_of_a_group_by_hand():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_group_advantages_equal_the_loop(seed):
+    """Mean and std are those of the group, not of the batch; a group of one gets 0."""
     returns = torch.randint(-2, 3, (12,), generator=torch.Generator().manual_seed(seed)).double() / 10
     for group_size in (1, 2, 3, 6):
         expected = literal.group_advantages(returns.tolist(), group_size, 1e-6)
@@ -415,6 +448,14 @@ def test_a_group_of_equal_returns_and_a_group_of_one_get_exactly_zero():
     assert (graded.group_advantages(tensor([5.0, -3.0, 0.5]), 1) == 0).all()
 
 
+def test_a_small_spread_is_a_spread_by_hand():
+    """Only returns that are exactly equal give 0, not those of a small std."""
+    # Mean 0.50125, deviations -0.00125 and 0.00375, variance (3 · 0.00125² + 0.00375²) / 3 = 0.0025².
+    # -0.00125 / 0.002501 = -0.4998, 0.00375 / 0.002501 = 1.4994
+    advantages = graded.group_advantages(tensor([0.5, 0.505, 0.5, 0.5], dtype=torch.float64), 4)
+    assert_close(advantages, tensor([-0.4998, 1.4994, -0.4998, -0.4998], dtype=torch.float64), atol=1e-4, rtol=0)
+
+
 def test_other_groups_change_nothing():
     """Mean and std are those of the group, not of the batch."""
     returns = torch.randn(12, generator=torch.Generator().manual_seed(0))
@@ -424,6 +465,7 @@ def test_other_groups_change_nothing():
 
 
 def test_group_advantages_follow_the_rows_and_ignore_shift_and_scale():
+    """Every row keeps its place; a mean taken off and a std divided by, nothing else."""
     returns = tensor([0.3, 1.9, -0.4, 0.9], dtype=torch.float64)
     advantages = graded.group_advantages(returns, 4)
     order = [2, 0, 3, 1]
@@ -436,7 +478,7 @@ def test_group_advantages_follow_the_rows_and_ignore_shift_and_scale():
 
 def test_group_advantages_pass_gradcheck():
     returns = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda r: graded.group_advantages(r, 3), returns)
+    assert torch.autograd.gradcheck(lambda r: actfocus.group_advantages(r, 3), returns)
 
 
 def test_group_advantages_refuse_what_is_not_whole_groups_and_show_it():
@@ -461,6 +503,7 @@ def test_eq12_gae_over_an_observation_by_hand():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gae_equals_the_double_sum_on_ragged_batches(seed):
+    """δ has γ alone, what is carried γλ; every row for itself; NaN stands outside the response."""
     batch, rewards, values, *_ = ragged_batch(seed)
     is_response = batch["is_action"] | batch["is_reasoning"]
     for gamma, lam in ((1.0, 1.0), (0.9, 0.7), (1.0, 0.0), (0.0, 1.0)):
@@ -471,6 +514,7 @@ def test_gae_equals_the_double_sum_on_ragged_batches(seed):
 
 
 def test_gamma_and_lambda_one_is_return_to_come_minus_value():
+    """γ = λ = 1: R(τ) reaches every response token whole, so A = R - V and the target is R."""
     batch, _, values, *_ = ragged_batch(0)
     is_response = batch["is_action"] | batch["is_reasoning"]
     returns = torch.arange(8.0, dtype=torch.float64)
@@ -498,15 +542,20 @@ def test_inserting_observation_tokens_changes_no_advantage():
         assert (longer_advantages[:, at : at + 2] == 0).all() and (longer_targets[:, at : at + 2] == 0).all()
 
 
-def test_gae_ignores_other_rows_and_gives_no_gradient_to_the_critic():
-    """Values are numbers here: detach them."""
+def test_gae_ignores_other_rows():
+    """V_next and A_next are carried along a row, never into another one."""
     batch, rewards, values, *_ = ragged_batch(2)
     is_response = batch["is_action"] | batch["is_reasoning"]
-    values.requires_grad_()
-    advantages, targets = graded.gae(rewards, values, is_response, 0.9, 0.8)
-    assert not advantages.requires_grad and not targets.requires_grad
+    advantages, _ = graded.gae(rewards, values, is_response, 0.9, 0.8)
     alone, _ = graded.gae(rewards[5:6], values[5:6], is_response[5:6], 0.9, 0.8)
     assert torch.equal(alone[0], advantages[5])
+
+
+def test_gae_gives_no_gradient_to_the_critic():
+    """Values are numbers here: detach them."""
+    batch, rewards, values, *_ = ragged_batch(2)
+    results = graded.gae(rewards, values.requires_grad_(), batch["is_action"] | batch["is_reasoning"], 0.9, 0.8)
+    assert not any(result.requires_grad for result in results)
 
 
 def test_gae_of_a_row_without_a_response_is_zero():

@@ -40,6 +40,7 @@ def test_policy_nll_and_logprob_shift_by_hand():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_energy_and_entropy_equal_the_loops(seed):
+    """The sum runs over the vocabulary, the last dimension, however many stand before it."""
     logits = logits_of(seed, 2, 3, 7)
     for vectorised, loop in (
         (graded.token_energy, literal.token_energy),
@@ -50,6 +51,7 @@ def test_energy_and_entropy_equal_the_loops(seed):
 
 
 def test_a_constant_added_to_all_logits_moves_energy_by_minus_it_and_leaves_softmax_and_entropy():
+    """Energies are of the logits themselves: nothing may be subtracted from them for good."""
     logits = logits_of(0, 4, 9)
     for c in (-20.0, 0.5, 300.0):
         assert_close((logits + c).softmax(-1), logits.softmax(-1))
@@ -80,9 +82,9 @@ def test_entropy_lies_between_zero_and_log_v():
 
 def test_energy_and_entropy_pass_gradcheck_and_energys_gradient_is_minus_the_softmax():
     logits = logits_of(3, 2, 5).requires_grad_()
-    assert torch.autograd.gradcheck(graded.token_energy, logits)
+    assert torch.autograd.gradcheck(energy.token_energy, logits)
     assert torch.autograd.gradcheck(energy.token_entropy, logits)
-    graded.token_energy(logits).sum().backward()
+    energy.token_energy(logits).sum().backward()
     assert_close(logits.grad, -logits.detach().softmax(-1))
 
 

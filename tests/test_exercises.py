@@ -1,5 +1,6 @@
 """exercises/: the grader tells right from wrong for all six functions, and every bug of the hunt is caught."""
 
+import ast
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ WRONG = {  # a typical mistake each, and what the grader must say about it
     "token_weights": ("""
         weights, signal = options.pop("alpha", 0.1) * args[2].to(args[0].dtype), args[0].detach()[args[1]]
         weights[args[1]] = 1 + options.get("beta", 0.5) * ((signal - signal.mean()) / signal.std()).sigmoid()  # N - 1
-        return weights""", "divided by N, not by N - 1"),
+        return weights""", "variance / N."),
     "policy_loss": ("""
         loss = actfocus.policy_loss(*args, **options)
         return loss * args[3].sum() / (args[3] > 0).sum()  # a mean over tokens""",
@@ -131,6 +132,15 @@ def test_k_selects_the_tests_of_one_function(outcomes):
     code, log = outcomes["one"]
     assert code == 1 and verdicts(log).keys() == {"token_weights"}
     assert "not 6 / 2: population" in log  # the arithmetic by hand is on the screen
+
+
+def test_whatever_test_fails_first_says_what_to_look_at():
+    """With -x only one test has failed, so every test that grades has advice in its docstring."""
+    for name in ("test_actfocus.py", "test_energy.py"):
+        text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and "graded." in ast.get_source_segment(text, node):
+                assert ast.get_docstring(node), f"{name}: {node.name}"
 
 
 @pytest.mark.parametrize("name", SIX)

@@ -221,7 +221,7 @@ def test_a_broken_model_folder_is_one_clear_line(tiny, tmp_path, how):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["models/nope", "./nope", "/nowhere/nope", "a/b/c"])
+@pytest.mark.parametrize("name", ["models/nope", "runs/nope", "./nope", "/nowhere/nope", "a/b/c"])
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_critic])
 def test_a_missing_model_folder_is_one_clear_line(load, name):
     with pytest.raises(ValueError, match=f"cannot load model '{name}': there is no such folder") as caught:

@@ -54,7 +54,7 @@ def test_the_interval_of_a_setting_is_over_seeds_and_there_is_none_of_two():
     # Student's: mean .6, std .1, t₂ = 4.303: half 4.303 · .1 / √3 = .2484
     assert tables.seed_interval(runs) == pytest.approx((0.6 - 0.2484, 0.6 + 0.2484), abs=1e-3)
     assert tables.seed_interval([one, two]) == (None, None) and tables.seed_interval([one]) == (0.5, 0.5)
-    (row,) = tables.result_rows([one, make_run([0.1, 0.6], seed=1)])
+    *_, row = tables.result_rows([one, make_run([0.1, 0.6], seed=1)])
     assert row.endswith("| 10.0 | 55.0 | 1 |")
 
 
@@ -135,7 +135,7 @@ def test_a_row_of_a_setting_keeps_runs_that_broke_down(tmp_path):
 
 
 def test_departures_are_settings_unlike_the_environments_own():
-    assert departures(Config(seed=3, output_dir="x", save_steps=1, max_turns=5)) == {}
+    assert departures(Config(seed=3, output_dir="x", save_steps=1, max_turns=5, num_threads=1)) == {}
     assert departures(Config(alpha=0.3, max_steps=40)) == {"alpha": 0.3, "max_steps": 40}
     assert departures(Config(weights="uniform", alpha=0.3, signal="entropy")) == {}  # which uniform weights do not read
     assert departures(Config(env="sudoku", **BY_ENV["laptop"]["sudoku"])) == {} != departures(Config(env="sudoku"))
