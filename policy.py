@@ -11,6 +11,7 @@ Rows are padded on the right, so causal attention needs no padding mask and posi
 import logging
 import os
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -146,7 +147,7 @@ def _load(cls: type, name: str, **options):
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return textwrap.shorten(str(error), 200, placeholder=" …")
 
 
 def save_whole(folder: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) -> None:
