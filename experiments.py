@@ -103,6 +103,8 @@ def grids() -> dict[str, Grid]:
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
         "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],
                        lambda run: canonical({**run, "algo": "grpo"})),
+        "lambda": Grid([canonical(run) for run in grid(FEW, TWO, ["poad"], ["uniform"], lam=[1.0])],
+                       lambda run: canonical({name: value for name, value in run.items() if name != "lam"})),
     }
 
 

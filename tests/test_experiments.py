@@ -69,6 +69,8 @@ def test_the_grids_have_what_the_issue_asks_for(results):
     assert len(grids["ablation"]) == 16 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
     assert len(grids["long"]) == len(grids["slippery"]) == 2 * 5 and len(grids["rates"]) == 2 * 2 * 4 * 5
     assert len(grids["rivals"]) == 7 * 2 * 3 and len(grids["defaults"]) == 4 * 3
+    assert grids["lambda"] == {f"{env}-poad-uniform-seed{seed}-lam1.0" for env in ("frozenlake", "sokoban")
+                               for seed in range(3)}
     for part in ("alpha0.0", "alpha0.05", "alpha0.3", "alpha1.0", "beta0.0", "beta1.0", "beta2.0", "signalentropy",
                  "signalpolicy_nll", "signallogprob_shift", "tag_weightone", "weight_statsmini_batch"):
         assert {f"{env}-grpo-actfocus-seed{seed}-{part}" for env in ("frozenlake", "sokoban")
