@@ -68,6 +68,8 @@ def check_reading_guide(text: str) -> None:
     counted = {row[0].strip("`"): int(row[1]) for row in table}
     assert counted == {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
     assert f"{sum(counted.values()):,} in all" in text
+    core = re.search(r"([\d,]+) of them are the method: ((?:`\w+\.py`[\s,]*(?:and )?)+);", text)
+    assert core and f"{sum(counted[name] for name in re.findall(r'`(.+?)`', core[2])):,}" == core[1]
     read = {"sudoku", "webshop"}  # the text says so
     for name in (name.removesuffix(".py") for name in counted):
         imported = {alias.name for node in MODULES[name].body if isinstance(node, ast.Import) for alias in node.names}
@@ -113,7 +115,7 @@ BREAKS = {  # what to look for (a regular expression) and what to put there
     check_names: [("`old_logp`", "`logp_old`"), (r"`--num_generations`\)", "`--group_size_of_all`)"),
                   ("`advantages`, `ratio`, `energy`, `weights`", "advantages")],
     check_reading_guide: [(r"(^\| `energy.py` \| \d+)", r"\g<1>0"), (r"^\| `metrics.py` .*\n", ""),
-                          (r"\d in all", "x in all"),
+                          (r"\d in all", "x in all"), (r"\d of them are", "x of them are"),
                           (r"(^\| `actfocus.py` .*\n)((?:\|.*\n)+)", r"\2\1")],  # the first one last
     check_rivals: [(r"^\| `ntpo` .*\n", ""), (r"^\| `ntpo` ", "| `nptx` ")],
 }
