@@ -9,8 +9,11 @@ from tiny import llama
 
 import warmstart
 from actfocus import answer_span, classify_tokens
+from config import Config
+from diagnosis import commitments
+from methods import make_episodes, rollout_settings
 from policy import load_model, load_tokenizer
-from rollout import token_pieces
+from rollout import Batch, rollout, token_pieces
 from warmstart import COMMITTED, FIRST_SEED, committed, transcript
 
 pytest_plugins = ["tiny"]
@@ -77,3 +80,13 @@ def test_the_command_starts_from_tiny_and_saves_a_model_with_the_same_tokenizer(
     assert (old.lm_head.weight - new.lm_head.weight).abs().max() < 0.01  # and not far from where it started
     assert load_tokenizer(str(tmp_path / "new")).get_vocab() == load_tokenizer(str(tiny)).get_vocab()
     assert "step     3" in capsys.readouterr().out
+
+
+def test_the_model_in_the_repository_decides_in_its_thoughts_and_keeps_to_it():
+    settings = Config(model=str(warmstart.TINY.with_name("committed")))
+    tokenizer = load_tokenizer(settings.model)
+    rows = rollout(load_model(settings.model), tokenizer, make_episodes(settings, range(12), 1),
+                   torch.Generator().manual_seed(0), *rollout_settings(settings))
+    batch, (named, kept) = Batch.of(rows), commitments(rows, tokenizer, "frozenlake")
+    assert kept > 0.9 and named.any(1).all() and (named <= batch.is_reasoning).all()
+    assert batch.entropy[batch.is_action].mean() < 0.2 < 0.8 < batch.entropy[named].mean()
