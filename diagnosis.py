@@ -34,6 +34,7 @@ from train import score_batch
 from warmstart import COMMITTED
 
 PROMPTS, ROLLOUTS = 256, 16  # P, G
+MOVE = r"(?:Up|Down|Left|Right|\d at \d,\d)"  # in a thought; a musing may end with "I go over the cells", too
 CLASSES = ("action", "reasoning", "response", "commitment")  # the last are those reasoning tokens that name the moves
 
 
@@ -66,7 +67,7 @@ def commitments(rows: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, 
         for start, end in row.spans:
             pieces = token_pieces(tokenizer, row.tokens[start:end])
             text = "".join(pieces)
-            named = re.search(rf" {COMMITTED.get(game, '<none>')} ([^.<]+)\.</think>", text)
+            named = re.search(rf" {COMMITTED.get(game, '<none>')} ({MOVE}(?: and {MOVE})*)\.</think>", text)
             if named and (span := answer_span(text)):
                 last = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
                 first = torch.cat([last[:1] * 0, last[:-1]])

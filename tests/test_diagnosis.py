@@ -132,6 +132,7 @@ def test_correlations_are_those_of_the_groups(monkeypatch):
     ("webshop", "<think>Hm. I go Left.</think><answer>search[a]</answer>", [], math.nan),
     ("frozenlake", "<think>Hm. I go Left. No.</think><answer>Left</answer>", [], math.nan),  # not at its end
     ("frozenlake", "<think>Hm. I go Left.</think>", [], math.nan),  # no answer
+    ("frozenlake", "<think>Hm. I go over the cells one by one.</think><answer>Left</answer>", [], math.nan),
 ])
 def test_commitments_are_the_tokens_of_the_moves_at_a_thoughts_end(game, response, named, kept):
     tokenizer = load_tokenizer(str(TINY))
