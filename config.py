@@ -100,6 +100,7 @@ class Config:
     eval_steps: int = within(1, HUGE, 5)  # steps between evaluations; ours, paper 10
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
     eval_samples: int = within(1, HUGE, 1)  # samples a level; ours, paper 16
+    eval_first: int = within(0, HUGE, 0)  # the first evaluation level; another than 0 where rates are tuned
     eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/

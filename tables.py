@@ -33,7 +33,7 @@ SHARED = (  # what two runs must share to be a pair: levels, budgets, evaluation
     "env", "seed", "max_steps", "num_prompts", "num_generations", "temperature", "max_response_tokens", "max_context",
     "prompt_style", "max_turns", "actions_per_turn", "max_actions", "format_penalty", "success_rate", "frozen",
     "coordinates", "sudoku_level", "hints", "webshop_data", "results_per_page", "title_words", "short_pages",
-    "eval_steps", "eval_prompts", "eval_samples", "eval_temperature")
+    "eval_steps", "eval_prompts", "eval_samples", "eval_first", "eval_temperature")
 MADE_WITH = ("commit", "python", "torch", "transformers", "device", "threads", "machine", "cpu", "cores")
 
 
@@ -124,7 +124,9 @@ def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
     """Success of the random player and of the oracle on a run's evaluation levels; played once, kept in `table`."""
     game = ENVS[config.env]
     budgets = {name: getattr(config, name) or getattr(game, name) for name in BUDGETS}
-    key = json.dumps({**env_options(config), **budgets, "prompts": config.eval_prompts, "samples": config.eval_samples})
+    first = {"first": config.eval_first} if config.eval_first else {}
+    key = json.dumps({**env_options(config), **budgets, "prompts": config.eval_prompts, "samples": config.eval_samples,
+                      **first})
     known = {(row["env"], row["player"], row["settings"]): float(row["success"]) for row in read_table(table)}
     players = {"random floor": random_player, "oracle ceiling": oracle_player}
     for name, player in players.items():

@@ -28,15 +28,16 @@ def results(tmp_path, monkeypatch):
 
 
 def put(results, run, success, failure="", digest=None):
-    """A finished run whose rollouts had this success in all of its iterations but for the first ones."""
+    """A finished run whose last evaluation had this success."""
     folder = results / "runs" / name_of(canonical(run))
     folder.mkdir()
     settings = train.asdict(experiments.planned(run))
     digest = digest or train.checkpoint.weights_digest(experiments.MODELS / "tiny")
     (folder / "config.json").write_text(json.dumps({"config": settings, "model_sha256": digest}))
-    rows = [{"step": i, "success": 0.99 if i < 20 else success} for i in range(30)]
+    rows = [{"step": i, "success": 0.7} for i in range(30)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "eval.jsonl").write_text(json.dumps({"step": 30, "success": 0.5}) + "\n")
+    (folder / "eval.jsonl").write_text("".join(json.dumps({"step": step, "success": number}) + "\n"
+                                             for step, number in ((0, 0.99), (30, success))))
     if failure:
         (folder / "failure.txt").write_text(failure)
 
@@ -92,6 +93,8 @@ def test_webshops_seeds_of_main_and_the_tuning_seeds_meet_no_training_goal_twice
         return {level % goals for level in range(first, first + shop.max_steps * shop.num_prompts)}
 
     seeds = [*experiments.SEEDS["webshop"], *experiments.TUNING_SEEDS]
+    tuning = {(experiments.TUNING_LEVELS + i) % goals for i in range(shop.eval_prompts)}
+    assert len(tuning) == 128 and not tuning & set.union(*map(met, experiments.TUNING_SEEDS))
     assert goals == 878 and len(set.union(*map(met, seeds))) == 160 * len(seeds)
     assert len(set.intersection(*map(met, experiments.FEW))) == 76
 
@@ -99,11 +102,12 @@ def test_webshops_seeds_of_main_and_the_tuning_seeds_meet_no_training_goal_twice
 def scores(results, weights, by_rate, **options):
     for rate, success in by_rate.items():
         for seed in experiments.TUNING_SEEDS:
-            run = {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "eval_steps": 30}
+            run = {**RUN, "seed": seed, "weights": weights, "learning_rate": rate, "eval_steps": 30,
+                   "eval_samples": 2, "eval_first": experiments.TUNING_LEVELS}
             put(results, run, success, **options)
 
 
-def test_the_chosen_rate_is_the_one_whose_last_rollouts_succeed_most(results):
+def test_the_chosen_rate_is_the_one_whose_last_evaluation_succeeds_most(results):
     scores(results, "actfocus", {1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.7})
     scores(results, "uniform", {1e-4: 0.5, 2e-4: 0.6, 4e-4: 0.3})
     found = experiments.tuning()
