@@ -124,7 +124,7 @@ def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
     """Success of the random player and of the oracle on a run's evaluation levels; played once, kept in `table`."""
     game = ENVS[config.env]
     budgets = {name: getattr(config, name) or getattr(game, name) for name in BUDGETS}
-    first = {"first": config.eval_first} if config.eval_first else {}
+    first = {"eval_first": config.eval_first} if config.eval_first else {}  # rows are older than the setting
     key = json.dumps({**env_options(config), **budgets, "prompts": config.eval_prompts, "samples": config.eval_samples,
                       **first})
     known = {(row["env"], row["player"], row["settings"]): float(row["success"]) for row in read_table(table)}
