@@ -84,7 +84,7 @@ def in_small(number, variable, program, *words):
     resumes = "--resume_from_checkpoint" in words
     names = {"runs/NAME": "runs/default" if resumes else f"runs/name-{number}", "KEY,KEY": "success,grad_norm"}
     words = [names.get(word, word) for word in words if word != "FLAGS"]
-    small = ["--max_steps", "2"] if resumes else SMALL.get(words[0], [])
+    small = ["--max_steps", "2"] if resumes else [] if "--dry_run" in words else SMALL.get(words[0], [])
     return [variable, program, *words, *small]
 
 
