@@ -118,15 +118,14 @@ def evaluation_levels(config: Config) -> range:
     """Levels from `eval_first` on, refused where WebShop has not as many goals: one met twice is no news."""
     goals = count_levels(config)
     if config.eval_prompts > goals:
-        raise ValueError(f"--eval_prompts {config.eval_prompts}: this shop has {goals} such goals; choose at most as "
-                         "many, or the official files with --webshop_data")
+        raise ValueError(f"--eval_prompts {config.eval_prompts}: this shop has {goals} goals to evaluate on; choose "
+                         "at most as many, or the official files with --webshop_data")
     return range(config.eval_first, config.eval_first + config.eval_prompts)
 
 
 def count_levels(config: Config) -> int:
-    """How many evaluation levels there are; in WebShop as many as test goals, or training goals from their seeds on."""
-    part = "test" if config.eval_first < FIRST_TRAIN_SEED else "train"
-    return len(build_env(config).parts[part]) if config.env == "webshop" else FIRST_TRAIN_SEED
+    """How many evaluation levels there are; in WebShop as many as the goals that they are drawn from."""
+    return len(build_env(config).goals_of(config.eval_first)) if config.env == "webshop" else FIRST_TRAIN_SEED
 
 
 def prefix_tree(rows: Sequence[Trajectory]) -> tuple[list[int], list[list[int]]]:

@@ -199,11 +199,15 @@ class WebShop:
 
     def reset(self, seed: int, replica: int = 0) -> tuple[str, dict]:
         """Goal number `seed` of the split, round and round. Nothing is left to luck, so the replica changes nothing."""
-        by_seed = "test" if seed < FIRST_TRAINING_SEED else "train"
-        goals = self.parts[by_seed if self.split == "by seed" else self.split]
+        goals = self.goals_of(seed)
         self.goal = goals[seed % len(goals)]
         self.page, self.actions_left = Page(), self.max_actions
         return self._observe(), {"success": False, "valid": True, "purchased": False, "score": 0.0}
+
+    def goals_of(self, seed: int) -> list[Goal]:
+        """The goals among which a level's seed chooses; by seed, evaluation and training have different ones."""
+        by_seed = "test" if seed < FIRST_TRAINING_SEED else "train"
+        return self.parts[by_seed if self.split == "by seed" else self.split]
 
     def reseed(self, replica: int) -> None:
         """Other luck from here on: there is none."""

@@ -156,7 +156,7 @@ def test_an_evaluation_meets_no_goal_twice():
         shop.reset(level)
         seen.add(shop.goal.text + shop.goal.asin)
     assert len(seen) == 128
-    with pytest.raises(ValueError, match=r"--eval_prompts 129: this shop has 128 such goals"):
+    with pytest.raises(ValueError, match=r"--eval_prompts 129: this shop has 128 goals to evaluate on"):
         evaluation_levels(Config(env="webshop", eval_prompts=129))
 
 
