@@ -17,17 +17,19 @@ def main(argv: list[str]) -> int:
     try:
         texts = [(folder / "metrics.jsonl").read_text(encoding="utf-8") for folder in folders]
         runs = [[json.loads(line) for line in text.splitlines()] for text in texts]
-        columns = [[f"{folder.name}:{key}", *(f"{row[key]:.6g}" for row in rows)]
-                   for folder, rows in zip(folders, runs, strict=True) for key in keys]
+        columns = [[f"{key} {number}", *(f"{row[key]:.5g}" for row in rows)]
+                   for number, rows in enumerate(runs, 1) for key in keys]
     except OSError as error:
         print(f"error: no such run: {error}", file=sys.stderr)
         return 2
     except KeyError as error:
         print(f"error: no such key: {error}; there are {', '.join(runs[0][0])}", file=sys.stderr)
         return 2
+    print(*(f"{number} = {folder}" for number, folder in enumerate(folders, 1)), sep="\n")
     columns.insert(0, ["step", *(str(row["step"]) for row in runs[0])])
+    widths = [max(map(len, column)) for column in columns]
     for cells in zip(*columns, strict=False):
-        print(*(f"{cell:>{len(column[0])}}" for cell, column in zip(cells, columns, strict=True)), sep="  ")
+        print(*(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), sep="  ")
     return 0
 
 

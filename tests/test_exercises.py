@@ -184,6 +184,7 @@ def test_show_prints_a_line_a_step_and_one_clear_line_for_what_does_not_exist(ca
     run = str(ROOT / "results" / "runs" / "frozenlake-grpo-actfocus-seed0")
     assert show.main(["success,kl_ref", run, run]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 31 and len(printed[0].split()) == 5 and printed[30].split()[0] == "30"
+    assert printed[:2] == [f"1 = {run}", f"2 = {run}"] and len(printed) == 33 and printed[32].split()[0] == "30"
+    assert printed[2].split() == ["step", "success", "1", "kl_ref", "1", "success", "2", "kl_ref", "2"]
     for arguments in (["success"], ["nothing", run], ["success", "nowhere"]):
         assert show.main(arguments) == 2 and len(capsys.readouterr().err.splitlines()) == 1
