@@ -83,7 +83,7 @@ def grids() -> dict[str, Grid]:
         return canonical({**tuned(run), **changes})
 
     def bare(run: dict) -> dict:  # its seed and environment, with the paper's weights
-        return tuned({"seed": run["seed"], "env": run["env"], "algo": "grpo", "weights": "actfocus"})
+        return tuned({name: run[name] for name in ("seed", "env", "algo")} | {"weights": "actfocus"})
 
     def uniform(run: dict) -> dict:
         rest = {name: value for name, value in run.items() if name != "learning_rate"}
@@ -99,8 +99,9 @@ def grids() -> dict[str, Grid]:
         "long": Grid([tuned(run, max_steps=100, eval_steps=10) for run in lake], uniform),
         "slippery": Grid([tuned(run, success_rate=0.8) for run in lake], uniform),
         "ablation": Grid([variant(run, changes) for run in focus for changes in VARIANTS], bare),
-        "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)],
-                      bare),
+        "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)]
+                      + [canonical(run) for run in grid(SEEDS["frozenlake"], ["frozenlake"], ["ppo"], ["uniform"],
+                                                        learning_rate=RATES)], bare),
         "committed": Grid([tuned(run, model="committed") for run in both], uniform),
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
         "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],
