@@ -180,25 +180,28 @@ def differences(rows: Sequence[dict], path: Path) -> Path:
 
 
 def diagnosis(rows: Sequence[dict], path: Path) -> Path:
-    """ρ of action tokens against mean success: a panel an environment, a colour a signal, a line a run."""
-    envs = sorted({row["env"] for row in rows})
-    figure, panels = plt.subplots(1, len(envs), figsize=(1 + 3.8 * len(envs), 3.8), squeeze=False, sharey=True,
+    """ρ of action tokens against mean success: a panel an environment, a colour a signal, a marker a model or run."""
+    envs, rows = sorted({row["env"] for row in rows}), [row for row in rows if row["rho"] != "nan"]
+    markers = dict(zip(dict.fromkeys(row["model"] for row in rows), "osv^DP*X", strict=False))
+    figure, panels = plt.subplots(1, len(envs), figsize=(1 + 4.4 * len(envs), 4.8), squeeze=False, sharey=True,
                                   layout="constrained")
     for ax, env in zip(panels.flat, envs, strict=True):
-        chosen = [row for row in rows if row["env"] == env and row["tokens"] == "action"]
-        for signal, colour in zip(SIGNALS, COLOURS, strict=False):
-            lines: dict[tuple, list[dict]] = {}
-            for row in chosen:
-                if row["signal"] == signal:
-                    lines.setdefault((row["model"], row["seed"]), []).append(row)
-            for i, line in enumerate(lines.values()):
-                line.sort(key=lambda row: int(row["step"]))
-                points = [(float(row["mean_success"]), float(row["rho"])) for row in line]
-                ax.plot(*zip(*points, strict=True), marker="o", color=colour, label=signal if i == 0 else None)
+        lines: dict[tuple, list[dict]] = {}
+        for row in rows:
+            if row["env"] == env and row["tokens"] == "action":
+                lines.setdefault((row["signal"], row["model"], row["seed"]), []).append(row)
+        for (signal, model, _), line in lines.items():
+            line.sort(key=lambda row: int(row["step"]))
+            points = [(float(row["mean_success"]), float(row["rho"])) for row in line]
+            ax.plot(*zip(*points, strict=True), marker=markers.get(model, "."), color=COLOURS[SIGNALS.index(signal)])
         ax.axhline(0, color="0.5", linewidth=1)
+        ax.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
         ax.set(title=env, xlabel="mean success", xlim=(0, 1), ylim=(-1, 1))
     panels.flat[0].set_ylabel("Spearman's ρ of action tokens with σ_g")
-    panels.flat[0].legend(fontsize=8)
+    named = [plt.Line2D([], [], color=colour, label=signal) for signal, colour in zip(SIGNALS, COLOURS, strict=False)]
+    named += [plt.Line2D([], [], color="0.3", marker=marker, linestyle="", label=model)
+              for model, marker in markers.items()]
+    figure.legend(handles=named, loc="outside lower center", ncols=2, fontsize=8)
     return _save(figure, path)
 
 

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 import plots
 from diagnosis import CLASSES, groups_table
-from energy import SIGNALS
+from energy import SIGNALS, spearman
 from tables import (
     MADE_WITH,
     MEASURES,
@@ -68,7 +70,8 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     parts = {grid: settings_table(rows) + differences_table([d for d in differences if d["grid"] == grid])
              for grid, rows in settings.items()}
     parts["main"] += pooled_table(pooled)
-    parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis), "differences": []}
+    parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis) + difficulty_table(of_levels),
+              "differences": []}
     drawn = figures(results, members, differences, diagnosis) + figure_2(results, diagnosis, of_levels)
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
@@ -200,7 +203,7 @@ def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         grouped.setdefault(tuple(row[name] for name in KEY), {})[row["signal"], row["tokens"]] = row
     body = []
-    for key, found in sorted(grouped.items(), key=lambda item: (item[0][2], item[0][0], int(item[0][3]))):
+    for key, found in sorted(grouped.items(), key=lambda item: by_step(item[0])):
         model, digest, env, step, seed = key
         for tokens in (name for name in CLASSES if ("energy", name) in found):
             first = found["energy", tokens]
@@ -212,6 +215,27 @@ def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     head = ["env", "model", "weights", "step", "seed", "groups x G", "mean success", "action tokens %", "tokens",
             *SIGNALS]
     return markdown(head, body) if body else []
+
+
+def by_step(key: tuple) -> tuple:
+    """Order of the diagnoses: environment, model, step."""
+    model, _, env, step, _ = key
+    return env, model, int(step)
+
+
+def difficulty_table(groups: Sequence[dict]) -> list[str]:
+    """Markdown: what energy and spread of the returns have in common with success, of every diagnosis' groups."""
+    body = []
+    for model, digest, env, step, seed in sorted({tuple(row[name] for name in KEY) for row in groups}, key=by_step):
+        rows = of_key(groups, (model, digest, env, step, seed))
+        success, spread, energy = (np.array([float(row[name]) for row in rows])
+                                   for name in ("success", "return_std", "energy_action"))
+        known, varied = spearman(energy, success)[0], spearman(success, spread)[0]
+        rhos = (known, varied, known * varied, spearman(energy, spread)[0])
+        body.append([env, model, step, seed, percent(success.mean()), *(f"{rho:+.2f}" for rho in rhos)])
+    head = ["env", "model", "step", "seed", "mean success", "action energy and success", "success and spread",
+            "product of both", "action energy and spread"]
+    return ["", *markdown(head, body)] if body else []
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

@@ -173,6 +173,15 @@ def test_the_diagnosis_is_a_row_a_checkpoint_and_class_the_last_one_counts(tmp_p
     assert report.plots.diagnosis(rows, tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_energy_that_says_how_hard_a_level_is_goes_with_the_spread_as_success_does():
+    key = {name: row[name] for row in diagnosis_rows(10, 0.1) for name in report.KEY}
+    groups = [{**key, "success": str(m), "return_std": str(m * (1 - m)), "energy_action": str(-m)}
+              for m in (0.6, 0.7, 0.9)]
+    cells = [cell.strip() for cell in report.difficulty_table(groups)[-1].split("|")[1:-1]]
+    assert cells == ["frozenlake", "run", "10", "0", "73.3", "-1.00", "-1.00", "+1.00", "+1.00"]
+    assert report.difficulty_table([]) == []
+
+
 def test_figure_2_is_drawn_of_the_groups_of_every_model_before_training(tmp_path):
     def groups(step):
         key = {name: row[name] for row in diagnosis_rows(step, 0.1) for name in report.KEY}
