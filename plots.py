@@ -175,7 +175,7 @@ def differences(rows: Sequence[dict], path: Path) -> Path:
     ax.axvline(0, color="0.5", linewidth=1)
     ax.set_yticks(range(len(rows)), names, fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("difference of final success, percentage points, 95 % bootstrap interval over paired seeds")
+    ax.set_xlabel("final success, points [95 % bootstrap]")
     return _save(figure, path)
 
 
