@@ -234,7 +234,7 @@ def test_every_committed_run_has_a_row_with_seed_steps_n_interval_floor_and_prov
                      "torch", "python", "transformers", "machine", "threads", "command"):
             assert row[name] != "", name
     seeds = sum(len(row["seeds"].split()) for row in read_table(again / "settings.csv") if row["grid"] == "main")
-    assert seeds == sum(run in {experiments.name_of(r) for r in experiments.grids()["main"].runs} for run in rows)
+    assert seeds == len(rows.keys() & {experiments.name_of(run) for run in experiments.grids()["main"].runs})
 
 
 def test_the_figures_are_drawn_and_none_is_old(again):
