@@ -82,7 +82,7 @@ def grids() -> dict[str, Grid]:
     def variant(run: dict, changes: dict) -> dict:  # at ActFocus' rate, also where it is uniform
         return canonical({**tuned(run), **changes})
 
-    def bare(run: dict) -> dict:  # its seed and environment, with the paper's weights
+    def bare(run: dict) -> dict:  # its seed, game and algorithm, with the paper's weights
         return tuned({name: run[name] for name in ("seed", "env", "algo")} | {"weights": "actfocus"})
 
     def uniform(run: dict) -> dict:

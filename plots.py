@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -181,8 +182,9 @@ def differences(rows: Sequence[dict], path: Path) -> Path:
 
 def diagnosis(rows: Sequence[dict], path: Path) -> Path:
     """ρ of action tokens against mean success: a panel an environment, a colour a signal, a marker a model or run."""
-    envs, rows = sorted({row["env"] for row in rows}), [row for row in rows if row["rho"] != "nan"]
-    markers = dict(zip(dict.fromkeys(row["model"] for row in rows), "osv^DP*X", strict=False))
+    envs, colours = sorted({row["env"] for row in rows}), dict(zip(SIGNALS, COLOURS, strict=False))
+    rows = sorted((row for row in rows if row["rho"] != "nan"), key=lambda row: int(row["step"]))
+    markers = dict(zip(dict.fromkeys(row["model"] for row in rows), cycle("osv^DP*X"), strict=False))
     figure, panels = plt.subplots(1, len(envs), figsize=(1 + 4.4 * len(envs), 4.8), squeeze=False, sharey=True,
                                   layout="constrained")
     for ax, env in zip(panels.flat, envs, strict=True):
@@ -191,14 +193,13 @@ def diagnosis(rows: Sequence[dict], path: Path) -> Path:
             if row["env"] == env and row["tokens"] == "action":
                 lines.setdefault((row["signal"], row["model"], row["seed"]), []).append(row)
         for (signal, model, _), line in lines.items():
-            line.sort(key=lambda row: int(row["step"]))
             points = [(float(row["mean_success"]), float(row["rho"])) for row in line]
-            ax.plot(*zip(*points, strict=True), marker=markers.get(model, "."), color=COLOURS[SIGNALS.index(signal)])
+            ax.plot(*zip(*points, strict=True), marker=markers[model], color=colours[signal])
         ax.axhline(0, color="0.5", linewidth=1)
         ax.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
         ax.set(title=env, xlabel="mean success", xlim=(0, 1), ylim=(-1, 1))
     panels.flat[0].set_ylabel("Spearman's ρ of action tokens with σ_g")
-    named = [plt.Line2D([], [], color=colour, label=signal) for signal, colour in zip(SIGNALS, COLOURS, strict=False)]
+    named = [plt.Line2D([], [], color=colour, label=signal) for signal, colour in colours.items()]
     named += [plt.Line2D([], [], color="0.3", marker=marker, linestyle="", label=model)
               for model, marker in markers.items()]
     figure.legend(handles=named, loc="outside lower center", ncols=2, fontsize=8)

@@ -100,17 +100,20 @@ def figure_2(results: Path, diagnosis: list[dict], groups: list[dict]) -> list[P
     """The scatter of every model's first diagnosis of every environment."""
     for old in results.glob("bottleneck-*.png"):
         old.unlink()
-    drawn, starts = [], {tuple(row[name] for name in KEY): row for row in groups if row["step"] == "0"}
-    for key, first in starts.items():
-        found = {row["tokens"]: row for row in of_key(diagnosis, key) if row["signal"] == "energy"}
-        path = results / f"bottleneck-{first['env']}-{first['model']}.png"
-        drawn.append(plots.bottleneck(found, of_key(groups, key), path))
+    drawn, known = [], by_diagnosis(diagnosis)
+    for key, levels in by_diagnosis(row for row in groups if row["step"] == "0").items():
+        found = {row["tokens"]: row for row in known.get(key, ()) if row["signal"] == "energy"}
+        model, _, env, *_ = key
+        drawn.append(plots.bottleneck(found, levels, results / f"bottleneck-{env}-{model}.png"))
     return drawn
 
 
-def of_key(rows: Iterable[dict], key: tuple) -> list[dict]:
-    """The rows of one diagnosis."""
-    return [row for row in rows if tuple(row[name] for name in KEY) == key]
+def by_diagnosis(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """The rows of each diagnosis, in order of environment, model and step."""
+    found: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["env"], row["model"], int(row["step"]))):
+        found.setdefault(tuple(row[name] for name in KEY), []).append(row)
+    return found
 
 
 def fill(text: str, parts: dict[str, list[str]]) -> str:
@@ -199,12 +202,9 @@ def latest(rows: Iterable[dict], *names: str) -> list[dict]:
 
 def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     """Markdown: ρ of every signal at every class of tokens; ρ given the group's success; * where p < 0.05."""
-    grouped: dict[tuple, dict[tuple, dict]] = {}
-    for row in rows:
-        grouped.setdefault(tuple(row[name] for name in KEY), {})[row["signal"], row["tokens"]] = row
     body = []
-    for key, found in sorted(grouped.items(), key=lambda item: by_step(item[0])):
-        model, digest, env, step, seed = key
+    for (model, digest, env, step, seed), members in by_diagnosis(rows).items():
+        found = {(row["signal"], row["tokens"]): row for row in members}
         for tokens in (name for name in CLASSES if ("energy", name) in found):
             first = found["energy", tokens]
             cells = [f"{correlation(row['rho'], row['p'])} ({correlation(row['partial_rho'], row['partial_p'])})"
@@ -217,18 +217,11 @@ def diagnosis_table(rows: Sequence[dict]) -> list[str]:
     return markdown(head, body) if body else []
 
 
-def by_step(key: tuple) -> tuple:
-    """Order of the diagnoses: environment, model, step."""
-    model, _, env, step, _ = key
-    return env, model, int(step)
-
-
 def difficulty_table(groups: Sequence[dict]) -> list[str]:
     """Markdown: what energy and spread of the returns have in common with success, of every diagnosis' groups."""
     body = []
-    for model, digest, env, step, seed in sorted({tuple(row[name] for name in KEY) for row in groups}, key=by_step):
-        rows = of_key(groups, (model, digest, env, step, seed))
-        success, spread, energy = (np.array([float(row[name]) for row in rows])
+    for (model, _, env, step, seed), levels in by_diagnosis(groups).items():
+        success, spread, energy = (np.array([float(row[name]) for row in levels])
                                    for name in ("success", "return_std", "energy_action"))
         known, varied = spearman(energy, success)[0], spearman(success, spread)[0]
         rhos = (known, varied, known * varied, spearman(energy, spread)[0])

@@ -185,7 +185,7 @@ def record(config: Config, state: State, run: Path, row: dict, progress: tqdm) -
     progress.set_postfix(success=f"{row['success']:.2f}", ret=f"{row['return_mean']:.2f}", s=f"{seconds:.1f}")
     progress.write(f"step {row['step']:4d}  success {row['success']:.3f}  return {row['return_mean']:7.3f}  "
                    f"invalid {row['invalid_turns']:.3f}  action entropy {row['entropy_action']:.2f}  "
-                   f"action gradient {row['gradient_share_action']:.2f}  kl {abs(row['kl_ref']):.4f}  {seconds:5.1f} s",
+                   f"action gradient {row['gradient_share_action']:.2f}  kl {row['kl_ref']:z.4f}  {seconds:5.1f} s",
                    file=sys.stdout)
     if parallel.rank() == 0:
         checkpoint.append_line(run / "metrics.jsonl", row)
