@@ -102,6 +102,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
+def pooled_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of the groups' means, e.g. of games, each with seeds of its own.
+
+    Ours: the groups' variances may differ, so degrees of freedom are Welch's and Satterthwaite's, rounded down:
+
+        s² = Σᵢ sᵢ² / nᵢ        ν = s⁴ / Σᵢ (sᵢ² / nᵢ)² / (nᵢ - 1)        mean ± t_ν s / groups
+    """
+    noise = np.array([np.var(group, ddof=1) / len(group) for group in groups])
+    freedom = noise.sum() ** 2 / max(sum(noise**2 / [len(group) - 1 for group in groups]), 1e-300)
+    half = STUDENT[min(int(freedom), len(STUDENT)) - 1] * float(noise.sum()) ** 0.5 / len(groups)
+    mean = float(np.mean([np.mean(group) for group in groups]))
+    return mean - half, mean + half
+
+
 def describe(result: dict) -> str:
     """An evaluation in one line."""
     success, low, high = (100 * result[key] for key in ("success", "low", "high"))

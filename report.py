@@ -1,8 +1,9 @@
-"""Writes results/ again from the committed runs alone: CSV tables, Markdown tables in results/README.md, figures.
+"""Writes results/ again from the committed runs alone: CSV tables, Markdown tables, figures.
 
     python experiments.py report
 
-Between `<!-- NAME -->` and `<!-- /NAME -->` results/README.md is this file's work, all other text is written by hand.
+Between `<!-- NAME -->` and `<!-- /NAME -->` results/README.md and README.md are this file's work, all other text is
+written by hand.
 Nothing is left out: a run that belongs to no grid of experiments.py stands under "other".
 """
 
@@ -26,6 +27,7 @@ from tables import (
     pooled_rows,
     read_run,
     read_table,
+    result_rows,
     run_row,
     setting_row,
     write_table,
@@ -76,8 +78,9 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
             parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
-    page = results / "README.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
+    front = {"main": result_rows(members["main"])}
+    for page, tables in ((results / "README.md", parts), (results.parent / "README.md", front)):
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
 
 
@@ -120,13 +123,13 @@ def fill(text: str, parts: dict[str, list[str]]) -> str:
     """The page with new tables between its markers; every table must have its place, every marker its table."""
     marked = re.findall(r"^<!-- (\w+) -->$", text, re.M)
     if sorted(marked) != sorted(parts):
-        raise ValueError(f"results/README.md: has the markers {sorted(marked)}, needs {sorted(parts)}")
+        raise ValueError(f"README.md: has the markers {sorted(marked)}, needs {sorted(parts)}")
     for name, lines in parts.items():
         body = "\n".join(lines or ["(none yet)"])
         text, count = re.subn(rf"(?s)<!-- {name} -->\n.*?<!-- /{name} -->",
                               lambda _, name=name, body=body: f"<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->", text)
         if count != 1:
-            raise ValueError(f"results/README.md: marker {name} must be closed, once, by <!-- /{name} -->")
+            raise ValueError(f"README.md: marker {name} must be closed, once, by <!-- /{name} -->")
     return text
 
 
@@ -179,7 +182,9 @@ def pooled_table(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         cells = methods.setdefault(tuple(row[name] for name in ("algo", "weights", "against", "seeds")), [])
         cells.append(f"{percent(row['mean'], sign=True)} {interval(row['low'], row['high'])}")
-    head = ["all games together", "weights", "against", "paired seeds", "final [bootstrap]", *MEASURES[1:]]
+        if row["measure"] == "final":
+            cells.append(interval(row["student_low"], row["student_high"]))
+    head = ["all games together", "weights", "against", "paired seeds", "final [bootstrap]", "[Student]", *MEASURES[1:]]
     return ["", *markdown(head, [[*key, *cells] for key, cells in methods.items()])] if methods else []
 
 

@@ -25,7 +25,7 @@ import plots
 from config import Config, departures, of_run
 from envs import BUDGETS, ENVS, oracle_player, random_player
 from methods import env_options
-from metrics import bootstrap_interval, mean_interval
+from metrics import bootstrap_interval, mean_interval, pooled_interval
 from train import evaluate_player
 
 MEASURES = ("final", "rollouts", "peak", "decay", "area")  # those that are compared seed by seed
@@ -100,11 +100,13 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[s
 
 
 def pooled_difference(games: Sequence[Sequence[float]]) -> dict[str, float | int]:
-    """Mean over games of their mean paired difference; 95 % bootstrap interval, each game's seeds resampled apart."""
+    """Mean over games of their mean paired difference; 95 % intervals as above, each game's seeds resampled apart."""
     rng = np.random.default_rng(0)
     means = [rng.choice(np.asarray(game), (10_000, len(game))).mean(1) for game in games]
     low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    student_low, student_high = pooled_interval(games)
     return {"mean": statistics.mean(map(statistics.mean, games)), "low": float(low), "high": float(high),
+            "student_low": student_low, "student_high": student_high,
             "above": sum(statistics.mean(game) > 0 for game in games), "games": len(games)}
 
 
@@ -245,16 +247,16 @@ def describe_setting(setting: tuple, beside: tuple) -> str:
 
 def result_rows(runs: Sequence[Run]) -> list[str]:
     """The main README's Markdown table: success before and after, 95 % interval, minutes of training."""
-    table = ["| env | algo | weights | seeds | steps | before | after [95 % interval] | minutes |",
-             "|---|---|---|---|---|---|---|---|"]
-    for (env, algo, weights, rest, *_), members in by_setting(runs).items():
+    table = ["| env | algo | weights | lr | seeds | steps | before | after [95 % interval] | minutes |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for (env, algo, weights, rest, rate, *_), members in by_setting(runs).items():
         low, high = seed_interval(members)
         shown = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         before, after = (statistics.mean(run.evaluations[i]["success"] for run in members) for i in (0, -1))
         seeds = " ".join(str(run.config.seed) for run in members)
         steps = "-".join(map(str, sorted({run.evaluations[-1]["step"] for run in members})))
         name = ", ".join([weights, label(rest)] if rest else [weights])
-        table.append(f"| {env} | {algo} | {name} | {seeds} | {steps} | {100 * before:.1f} | "
+        table.append(f"| {env} | {algo} | {name} | {rate:g} | {seeds} | {steps} | {100 * before:.1f} | "
                      f"{100 * after:.1f}{shown} | {statistics.mean(map(minutes, members)):.0f} |")
     return table
 

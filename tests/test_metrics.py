@@ -13,6 +13,7 @@ from metrics import (
     clipped,
     describe,
     mean_interval,
+    pooled_interval,
     rollout_metrics,
     success_interval,
     summary,
@@ -164,6 +165,17 @@ def test_the_interval_over_runs_is_students():
     for wrong in ([1.0], [1.0] * 17):
         with pytest.raises(ValueError, match=f"2 to 16 values, got {len(wrong)}"):
             mean_interval(wrong)
+
+
+def test_the_interval_of_a_mean_of_groups_is_welchs():
+    # s² / n of [0, 2] is 2 / 2, of [0, 2, 4] 4 / 3: standard error √(7/3) / 2; ν = (7/3)² / (1 + (4/3)² / 2) = 2.88: t₂
+    half = 4.303 * 0.76376
+    assert pooled_interval([[0.0, 2.0], [0.0, 2.0, 4.0]]) == pytest.approx((1.5 - half, 1.5 + half), abs=1e-4)
+    assert pooled_interval([[1.0, 1.0], [4.0, 4.0]]) == (2.5, 2.5)
+    assert pooled_interval([[1.0, 3.0, 8.0]]) == pytest.approx(mean_interval([1.0, 3.0, 8.0]))
+    rng = np.random.default_rng(3)  # five seeds each, one game ten times as noisy
+    bounds = [pooled_interval([rng.standard_normal(5), 10 * rng.standard_normal(5)]) for _ in range(2000)]
+    assert 0.93 < np.mean([low <= 0 <= high for low, high in bounds]) < 0.98
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -81,7 +81,7 @@ def test_runs_of_another_alpha_are_another_setting_and_not_further_seeds(run, fi
     legend = figures[0].legends[0].get_window_extent()
     assert legend.x0 >= 0 and legend.x1 <= figures[0].bbox.width  # none of it is cut off
     rows = tables.result_rows([tables.read_run(folder) for folder in runs])
-    assert len(rows) == 2 + 3 and any("| actfocus, alpha 1.0 | 0 | 10 | 40.0 | 50.0 [" in row for row in rows)
+    assert len(rows) == 2 + 3 and any("| actfocus, alpha 1.0 | 0.0001 | 0 | 10 | 40.0 | 50.0 [" in row for row in rows)
 
 
 def test_what_no_number_depends_on_makes_no_other_setting(run, figures, tmp_path):

@@ -55,13 +55,15 @@ def test_the_interval_of_a_setting_is_over_seeds_and_there_is_none_of_two():
     assert tables.seed_interval(runs) == pytest.approx((0.6 - 0.2484, 0.6 + 0.2484), abs=1e-3)
     assert tables.seed_interval([one, two]) == (None, None) and tables.seed_interval([one]) == (0.5, 0.5)
     *_, row = tables.result_rows([one, make_run([0.1, 0.6], seed=1)])
-    assert row.endswith("| 10.0 | 55.0 | 1 |")
+    assert row == "| frozenlake | grpo | actfocus | 0.0001 | 0 1 | 10 | 10.0 | 55.0 | 1 |"
 
 
 def test_games_are_pooled_as_equals_whatever_their_number_of_seeds():
     # Means .1 and .4: .25, not the mean of all five. Only the first game varies: half of its own bootstrap [0, .2].
     found = tables.pooled_difference([[0.0, 0.2], [0.4, 0.4, 0.4]])
-    assert found == pytest.approx({"mean": 0.25, "low": 0.2, "high": 0.3, "above": 2, "games": 2})
+    half = 12.706 * 0.1 / 2  # Student's: s² = .02 / 2 of the first game alone, one degree of freedom
+    assert found == pytest.approx({"mean": 0.25, "low": 0.2, "high": 0.3, "student_low": 0.25 - half,
+                                   "student_high": 0.25 + half, "above": 2, "games": 2})
     pairs = [(make_run([0.2, 0.5], seed, env=env, **BY_ENV["laptop"].get(env, {})),
               make_run([0.2, 0.4], seed, env=env, weights="uniform", **BY_ENV["laptop"].get(env, {})))
              for env, seeds in (("frozenlake", range(3)), ("sokoban", range(4)), ("sudoku", range(2)))
@@ -70,7 +72,8 @@ def test_games_are_pooled_as_equals_whatever_their_number_of_seeds():
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
     assert (rows[0]["seeds"], rows[0]["mean"]) == ("frozenlake 3, sokoban 4", pytest.approx(0.1))
     line = report.pooled_table(rows)[3]
-    assert line.startswith("| grpo | actfocus | uniform | frozenlake 3, sokoban 4 | +10.0 [10.0, 10.0] |")
+    start = "| grpo | actfocus | uniform | frozenlake 3, sokoban 4 | +10.0 [10.0, 10.0] | [10.0, 10.0] | "
+    assert line.startswith(start)
 
 
 def test_the_paired_difference_of_a_known_case():
@@ -213,14 +216,15 @@ def again(tmp_path_factory):
     for name in ("README.md", "floors.csv", "diagnosis.csv", "diagnosis-groups.csv"):
         if (RESULTS / name).exists():
             shutil.copy(RESULTS / name, made)
+    shutil.copy(RESULTS.parent / "README.md", made.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "RESULTS", made)
         experiments.write_report()
     return made
 
 
-@pytest.mark.parametrize("name", ["README.md", "runs.csv", "settings.csv", "evaluations.csv", "differences.csv",
-                                  "pooled.csv", "floors.csv"])
+@pytest.mark.parametrize("name", ["../README.md", "README.md", "runs.csv", "settings.csv", "evaluations.csv",
+                                  "differences.csv", "pooled.csv", "floors.csv"])
 def test_the_committed_tables_are_what_the_report_writes(again, name):
     written, there = again / name, RESULTS / name
     assert written.exists() == there.exists() and (not there.exists() or written.read_text() == there.read_text())
@@ -246,6 +250,7 @@ def test_the_figures_are_drawn_and_none_is_old(again):
 def test_a_run_in_no_grid_is_under_other(again, tmp_path):
     made = tmp_path / "results"
     shutil.copytree(again, made)
+    shutil.copy(again.parent / "README.md", tmp_path)
     name = "frozenlake-grpo-actfocus-seed0"
     shutil.copytree(made / "runs" / name, made / "runs" / "by-hand")
     about = json.loads((made / "runs" / "by-hand" / "config.json").read_text())
