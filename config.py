@@ -7,7 +7,7 @@ symbol and its source: §5.1 of the paper (arXiv:2605.14558v1), or "ours" with t
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     path = given.pop("resume_from_checkpoint", None)
     if path is not None:
         path = checkpoint.find_checkpoint(path)
-        saved = asdict(of_run(path.parent))
-        saved |= {"output_dir": str(path.parent), "preset": "as it was started"}
+        saved = {**vars(of_run(path.parent)), "output_dir": str(path.parent), "preset": "as it was started"}
         for name, value in given.items():
             if name not in EXTENDABLE and value != saved[name]:
                 raise ValueError(f"--{name} {value}: {path} belongs to a run with {name} {saved[name]}")
@@ -226,7 +225,7 @@ def usual_settings(preset: str, env: str, algo: str) -> dict:
 
 def of_run(run: Path) -> Config:
     """The settings a run was started with; one that is older than a setting has its default."""
-    return Config(**{**asdict(Config()), **checkpoint.read_config(run)})
+    return Config(**{**vars(Config()), **checkpoint.read_config(run)})
 
 
 def departures(config: Config) -> dict:
@@ -237,8 +236,8 @@ def departures(config: Config) -> dict:
     """
     unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens",
               "num_threads"}
-    usual = {**asdict(Config()), **usual_settings("laptop", config.env, config.algo)}
-    own = {**asdict(config), "model": Path(config.model).name}
+    usual = {**vars(Config()), **usual_settings("laptop", config.env, config.algo)}
+    own = {**vars(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name
     for budget in BUDGETS:
         if own[budget] == getattr(ENVS[config.env], budget):
