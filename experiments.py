@@ -52,7 +52,7 @@ VARIANTS = [  # of Eq. (5), one thing changed at a time
     {"weights": "class_mean"},  # a loss that averages over each class
     {"alpha": 1.0, "beta": 0.0},  # uniform, at ActFocus' learning rate
 ]
-TUNED = ("main", "long", "slippery", "ablation", "committed")
+TUNED = ("main", "slippery", "ablation", "committed")
 
 
 class Grid(NamedTuple):
@@ -96,7 +96,8 @@ def grids() -> dict[str, Grid]:
         "tune": Grid([canonical(run) for run in tuning_runs()]),
         "main": Grid([tuned(run) for game in GAMES for run in grid(SEEDS[game], [game], ("grpo", "ppo"), WEIGHTS)],
                      uniform),
-        "long": Grid([tuned(run, max_steps=100, eval_steps=10) for run in lake], uniform),
+        "long": Grid([canonical({**run, "max_steps": 100, "eval_steps": 10, "learning_rate": rate})
+                      for run in lake for rate in RATES[:2]], uniform),  # each also at the rate chosen for the other
         "slippery": Grid([tuned(run, success_rate=0.8) for run in lake], uniform),
         "ablation": Grid([variant(run, changes) for run in focus for changes in VARIANTS], bare),
         "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)]

@@ -163,20 +163,22 @@ def bottleneck(found: dict[str, dict], groups: Sequence[dict], path: Path) -> Pa
 
 
 def differences(rows: Sequence[dict], path: Path) -> Path:
-    """Paired differences of final success with their bootstrap intervals, a line a setting, a colour a grid."""
+    """Paired differences of final success with both intervals, a line a setting, a colour a grid."""
     keys = "grid", "env", "algo", "weights", "settings"
     names = [f"{', '.join(row[key] for key in keys if row[key])}, lr {row['learning_rate']:g} - {row['against']} "
              f"({row['pairs']} seeds)" for row in rows]
     figure, ax = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for y, row in enumerate(rows):
-        mean, low, high = (100 * row[name] for name in ("mean", "low", "high"))
-        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3,
-                    color=COLOURS[grids.index(row["grid"]) % len(COLOURS)])
+        colour = COLOURS[grids.index(row["grid"]) % len(COLOURS)]
+        for thickness, *bounds in ((1, "student_low", "student_high"), (3, "low", "high")):
+            ax.plot([100 * row[name] for name in bounds], [y, y], color=colour, linewidth=thickness,
+                    solid_capstyle="butt")
+        ax.plot(100 * row["mean"], y, "o", color=colour)
     ax.axvline(0, color="0.5", linewidth=1)
     ax.set_yticks(range(len(rows)), names, fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("final success, points [95 % bootstrap]")
+    ax.set_xlabel("final success, points\n95 %: bootstrap, Student's (thin)")
     return _save(figure, path)
 
 
