@@ -111,7 +111,7 @@ def pooled_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """
     noise = np.array([np.var(group, ddof=1) / len(group) for group in groups])
     freedom = noise.sum() ** 2 / max(sum(noise**2 / [len(group) - 1 for group in groups]), 1e-300)
-    half = STUDENT[min(int(freedom), len(STUDENT)) - 1] * float(noise.sum()) ** 0.5 / len(groups)
+    half = STUDENT[min(int(freedom + 1e-9), len(STUDENT)) - 1] * float(noise.sum()) ** 0.5 / len(groups)
     mean = float(np.mean([np.mean(group) for group in groups]))
     return mean - half, mean + half
 
