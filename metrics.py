@@ -98,8 +98,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of the mean of 2 to 16 values, e.g. of runs with different seeds."""
     if not 2 <= len(values) <= len(STUDENT) + 1:
         raise ValueError(f"expected 2 to {len(STUDENT) + 1} values, got {len(values)}")
-    half = STUDENT[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
+    return pooled_interval([values])
 
 
 def pooled_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

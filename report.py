@@ -80,7 +80,7 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
             parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
     front = {"main": result_rows(members["main"])}
     for page, tables in ((results / "README.md", parts), (results.parent / "README.md", front)):
-        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables, page), encoding="utf-8")
     return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
 
 
@@ -119,17 +119,17 @@ def by_diagnosis(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     return found
 
 
-def fill(text: str, parts: dict[str, list[str]]) -> str:
+def fill(text: str, parts: dict[str, list[str]], page: Path) -> str:
     """The page with new tables between its markers; every table must have its place, every marker its table."""
     marked = re.findall(r"^<!-- (\w+) -->$", text, re.M)
     if sorted(marked) != sorted(parts):
-        raise ValueError(f"README.md: has the markers {sorted(marked)}, needs {sorted(parts)}")
+        raise ValueError(f"{page}: has the markers {sorted(marked)}, needs {sorted(parts)}")
     for name, lines in parts.items():
         body = "\n".join(lines or ["(none yet)"])
         text, count = re.subn(rf"(?s)<!-- {name} -->\n.*?<!-- /{name} -->",
                               lambda _, name=name, body=body: f"<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->", text)
         if count != 1:
-            raise ValueError(f"README.md: marker {name} must be closed, once, by <!-- /{name} -->")
+            raise ValueError(f"{page}: marker {name} must be closed, once, by <!-- /{name} -->")
     return text
 
 

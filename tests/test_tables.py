@@ -146,16 +146,17 @@ def test_departures_are_settings_unlike_the_environments_own():
 
 
 def test_tables_stand_between_their_markers_and_other_text_stays():
+    where = Path("here/README.md")
     page = "by hand\n<!-- one -->\nold\n<!-- /one -->\nby hand too\n<!-- two -->\n<!-- /two -->\n"
-    filled = report.fill(page, {"one": ["| a |", "| b |"], "two": []})
+    filled = report.fill(page, {"one": ["| a |", "| b |"], "two": []}, where)
     assert filled == ("by hand\n<!-- one -->\n\n| a |\n| b |\n\n<!-- /one -->\nby hand too\n"
                       "<!-- two -->\n\n(none yet)\n\n<!-- /two -->\n")
-    assert report.fill(filled, {"one": ["| a |", "| b |"], "two": []}) == filled
+    assert report.fill(filled, {"one": ["| a |", "| b |"], "two": []}, where) == filled
     for parts in ({"one": []}, {"one": [], "two": [], "three": []}):
-        with pytest.raises(ValueError, match="markers"):
-            report.fill(page, parts)
+        with pytest.raises(ValueError, match=r"here/README\.md: has the markers"):
+            report.fill(page, parts, where)
     with pytest.raises(ValueError, match="marker two must be closed"):
-        report.fill(page.replace("<!-- /two -->", ""), {"one": [], "two": []})
+        report.fill(page.replace("<!-- /two -->", ""), {"one": [], "two": []}, where)
 
 
 def diagnosis_rows(step, rho, model="run"):
