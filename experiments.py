@@ -5,6 +5,7 @@
     python experiments.py rivals --jobs 4 --list
     python experiments.py --run "frozenlake-grpo-actfocus-seed?"     # these again, whether there or not
     python experiments.py report                     # tables and figures of results/ from the committed runs
+    python experiments.py --compare "sokoban-ppo-actfocus-seed?" "sokoban-ppo-uniform-seed?"     # at every evaluation
 
 Kill it at any moment: finished runs are skipped, others go on from their last checkpoint (bit for bit, see train.py).
 What a table needs of a finished run (settings with commit, metrics, evaluations) is copied to results/runs/NAME, and
@@ -22,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import product
@@ -256,6 +257,17 @@ def named(pattern: str) -> dict[str, dict]:
     return chosen
 
 
+def rows_of(patterns: Sequence[str]) -> list[list[Run]]:
+    """Of each pattern the runs in results/ whose name matches."""
+    if len(patterns) % 2:
+        raise ValueError(f"--compare: expected pairs of NAMEs, got {len(patterns)}")
+    folders = sorted((RESULTS / "runs").iterdir())
+    rows = [[read_run(folder) for folder in folders if fnmatchcase(folder.name, pattern)] for pattern in patterns]
+    if not all(rows):
+        raise ValueError(f"--compare {patterns[rows.index([])]}: no run of that name in results/runs")
+    return rows
+
+
 def write_report() -> list[str]:
     """Everything in results/ that is made of runs."""
     names = {name: [(name_of(run), one.against and name_of(one.against(run))) for run in one.runs]
@@ -269,15 +281,20 @@ def launch(argv: list[str] | None) -> None:
     parser.add_argument("what", nargs="*", metavar="GRID", help=f"{', '.join(known)}, or report")
     parser.add_argument("--only", metavar="NAME", default="*", help="of the grids' runs those that match")
     parser.add_argument("--run", metavar="NAME", help="run these again, whether they are there or not; * and ? match")
+    parser.add_argument("--compare", metavar="NAME", nargs="+", help="differences of the first row of runs in results/ "
+                        "to the second, the third to the fourth, ..., and of all together")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--list", action="store_true", help="only say what is missing")
     given = parser.parse_args(argv)
     unknown = [name for name in given.what if name not in (*known, "report")]
-    if unknown or bool(given.what) == bool(given.run) or given.jobs < 1:
-        raise ValueError(f"expected grids ({', '.join(known)}), report or --run NAME, and --jobs of at least 1; "
-                         f"got {' '.join(given.what) or 'no grid'}, --run {given.run}, --jobs {given.jobs}")
+    if unknown or sum(map(bool, (given.what, given.run, given.compare))) != 1 or given.jobs < 1:
+        raise ValueError(f"expected grids ({', '.join(known)}), report, --run NAME or --compare NAME NAME, and --jobs "
+                         f"of at least 1; got {' '.join(given.what) or 'no grid'}, --run {given.run}, "
+                         f"--compare {' '.join(given.compare or ['None'])}, --jobs {given.jobs}")
     if given.run:
         work_through(named(given.run), given.jobs, given.list, again=True)
+    if given.compare:
+        print(*report.comparison(rows_of(given.compare)), sep="\n")
     for name in given.what:
         if name == "report":
             print(*write_report(), sep="\n")

@@ -8,6 +8,7 @@ Nothing is left out: a run that belongs to no grid of experiments.py stands unde
 """
 
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,15 @@ from tables import (
     MEASURES,
     Run,
     by_setting,
+    compared,
     difference_rows,
     evaluation_rows,
+    paired_difference,
+    pooled_difference,
     pooled_rows,
     read_run,
     read_table,
+    real_pairs,
     result_rows,
     run_row,
     setting_row,
@@ -165,12 +170,9 @@ def differences_table(rows: Sequence[dict]) -> list[str]:
         grouped.setdefault(key, {})[row["measure"]] = row
     body = []
     for (env, algo, weights, settings, rate, against, seeds), by_measure in grouped.items():
-        final = by_measure["final"]
-        cells = [f"{percent(by_measure[name]['mean'], sign=True)} "
-                 f"{interval(by_measure[name]['low'], by_measure[name]['high'])}".strip() for name in MEASURES]
-        body.append([env, algo, ", ".join(filter(None, [weights, settings])), f"{rate:g}", against, seeds, cells[0],
-                     interval(final["student_low"], final["student_high"]) or "-",
-                     f"{final['above']} of {final['pairs']}", *cells[1:]])
+        cells = [difference_cells(by_measure[name]) for name in MEASURES]
+        body.append([env, algo, ", ".join(filter(None, [weights, settings])), f"{rate:g}", against, seeds, *cells[0],
+                     *(rest[0] for rest in cells[1:])])
     head = ["env", "algo", "weights", "lr", "against", "paired seeds", "final [bootstrap]", "[Student]",
             "seeds above", *MEASURES[1:]]
     return ["", *markdown(head, body)] if body else []
@@ -181,11 +183,44 @@ def pooled_table(rows: Sequence[dict]) -> list[str]:
     methods: dict[tuple, list[str]] = {}
     for row in rows:
         cells = methods.setdefault(tuple(row[name] for name in ("algo", "weights", "against", "seeds")), [])
-        cells.append(f"{percent(row['mean'], sign=True)} {interval(row['low'], row['high'])}")
-        if row["measure"] == "final":
-            cells.append(interval(row["student_low"], row["student_high"]))
+        cells += difference_cells(row)[:2 if row["measure"] == "final" else 1]
     head = ["all games together", "weights", "against", "paired seeds", "final [bootstrap]", "[Student]", *MEASURES[1:]]
     return ["", *markdown(head, [[*key, *cells] for key, cells in methods.items()])] if methods else []
+
+
+def comparison(rows: Sequence[Sequence[Run]]) -> list[str]:
+    """Markdown: differences of the first row of runs to the second, the third to the fourth, ..., and of all together.
+
+    Raises:
+        ValueError: the runs of a row differ in more than the seed, or two rows have no pair of runs.
+    """
+    lines, games = [], []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        for row in (first, second):
+            if len(by_setting(row)) > 1:
+                raise ValueError("--compare: expected runs of one setting, got " + ", ".join(run.name for run in row))
+        pairs = real_pairs((run, other) for run in first for other in second if run.config.seed == other.config.seed)
+        if not pairs:
+            raise ValueError(f"--compare: {first[0].name} and {second[0].name} share no seed, or their levels, first "
+                             "weights or evaluations differ")
+        games.append(compared(pairs))
+        seeds = " ".join(str(run.config.seed) for run, _ in pairs)
+        lines += ["", f"{first[0].name} and {second[0].name}, seeds {seeds}", "",
+                  *markdown(["", "first", "second", "difference [bootstrap]", "[Student]", "seeds above"],
+                            [[name, *(percent(statistics.mean(side)) for side in sides),
+                              *difference_cells(paired_difference(*sides))] for name, sides in games[-1].items()])]
+    if len(games) > 1:
+        together = [[name, *difference_cells(pooled_difference([np.subtract(*game[name]) for game in games]))]
+                    for name in MEASURES]
+        lines += ["", *markdown(["together", "difference [bootstrap]", "[Student]", "games above"], together)]
+    return lines[1:]
+
+
+def difference_cells(found: dict) -> list[str]:
+    """A difference in points, its two intervals, and how many of the pairs or games are above 0."""
+    return [f"{percent(found['mean'], sign=True)} {interval(found['low'], found['high'])}".strip(),
+            interval(found["student_low"], found["student_high"]) or "-",
+            f"{found['above']} of {found.get('pairs') or found['games']}"]
 
 
 def tuning_table(tuning: dict[tuple, dict]) -> list[str]:

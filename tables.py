@@ -238,6 +238,15 @@ def pooled_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
     return rows
 
 
+def compared(pairs: Sequence[tuple[Run, Run]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Of paired runs both sides' values, seed by seed: success at every evaluation that all have, then MEASURES."""
+    sides = [[{f"step {line['step']}": line["success"] for line in run.evaluations}
+              | {name: value for name, value in measures(run, 1.0).items() if name in MEASURES} for run in side]
+             for side in zip(*pairs, strict=True)]
+    shared = [name for name in sides[0][0] if all(name in values for side in sides for values in side)]
+    return {name: tuple([values[name] for values in side] for side in sides) for name in shared}
+
+
 def describe_setting(setting: tuple, beside: tuple) -> str:
     """A setting in words: weights, and what else differs from another one of the same environment."""
     _, algo, weights, rest, rate, *_ = setting

@@ -251,7 +251,8 @@ def test_a_run_that_broke_down_is_kept_with_its_reason_and_a_mistake_is_not(smal
 @pytest.mark.parametrize("arguments, part", [
     ([], "expected grids (tune, main"), (["chess"], "got chess"), (["main", "--run", "x"], "got main, --run x"),
     (["--run", "nothing-like-this"], "--run nothing-like-this: no run of that name"), (["main", "--jobs", "0"], "jobs"),
-    (["main", "--bogus"], "--bogus"),
+    (["main", "--bogus"], "--bogus"), (["main", "--compare", "a", "b"], "--compare a b"),
+    (["--compare", "a"], "expected pairs"), (["--compare", "a", "b"], "--compare a: no run of that name"),
 ])
 def test_a_mistake_is_one_line_and_code_2(results, capsys, arguments, part):
     assert experiments.main(arguments) == 2

@@ -113,6 +113,37 @@ def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_are_compared_at_every_evaluation_that_they_share_and_games_together():
+    focus = [make_run([0.2, 0.3, 0.5 + 0.1 * seed], seed) for seed in range(3)]
+    uniform = [make_run([0.2, 0.2, 0.4], seed, weights="uniform") for seed in (2, 1, 0, 4)]
+    lines = report.comparison([focus, uniform])
+    assert lines[0] == "frozenlake-grpo-actfocus-seed0 and frozenlake-grpo-uniform-seed2, seeds 0 1 2"
+    assert "| step 10 | 30.0 | 20.0 | +10.0 [10.0, 10.0] | [10.0, 10.0] | 3 of 3 |" in lines
+    # after step 20 .1, .2, .3: mean .2, standard error .1 / √3, t₂ = 4.303
+    for name in ("step 20", "final"):
+        assert f"| {name} | 60.0 | 40.0 | +20.0 [10.0, 30.0] | [-4.8, 44.8] | 3 of 3 |" in lines
+    assert not any("together" in line for line in lines)
+    short = [replace(run, evaluations=run.evaluations[::2]) for run in uniform]
+    assert not any("step 10" in line for line in report.comparison([focus, short]))
+    # both ways round: mean 0, standard error √(2 · .01 / 3) / 2 = .0408, t₄ = 2.776
+    both = report.comparison([focus, uniform, uniform, focus])
+    together = both[both.index("| together | difference [bootstrap] | [Student] | games above |"):]
+    assert "| final | +0.0 [-6.7, 6.7] | [-11.3, 11.3] | 1 of 2 |" in together
+    for rows, said in (([focus, focus], "share no seed"), ([focus[:1], uniform[:1]], "share no seed"),
+                       ([focus, [*uniform, focus[0]]], "expected runs of one setting")):
+        with pytest.raises(ValueError, match=said):
+            report.comparison(rows)
+
+
+def test_the_command_compares_rows_as_the_committed_table_has_them(capsys):
+    row = next(row for row in read_table(RESULTS / "differences.csv")
+               if [row[name] for name in ("grid", "env", "algo", "measure")] == ["main", "webshop", "ppo", "final"])
+    assert experiments.main(["--compare", "webshop-ppo-actfocus-seed?", "webshop-ppo-uniform-seed?"]) == 0
+    found = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| final |"))
+    for name in ("mean", "low", "high", "student_low", "student_high"):
+        assert f"{100 * float(row[name]):.1f}" in found
+
+
 def test_runs_are_pooled_only_where_all_but_the_seed_is_the_same():
     runs = [make_run([0.2], 0), make_run([0.2], 1), make_run([0.2], 2, alpha=0.3), make_run([0.2], 3, digest="b"),
             make_run([0.2], 4, learning_rate=2e-4), make_run([0.2], 5, max_steps=40)]
