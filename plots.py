@@ -166,7 +166,7 @@ def differences(rows: Sequence[dict], path: Path) -> Path:
     """Paired differences of final success with both intervals, a line a setting, a colour a grid."""
     keys = "grid", "env", "algo", "weights", "settings"
     names = [f"{', '.join(row[key] for key in keys if row[key])}, lr {row['learning_rate']:g} - {row['against']} "
-             f"({row['pairs']} seeds)" for row in rows]
+             f"({row['of']} seeds)" for row in rows]
     figure, ax = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for y, row in enumerate(rows):

@@ -11,10 +11,12 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+import claims
 import plots
 from diagnosis import CLASSES, groups_table
 from energy import SIGNALS, spearman
@@ -74,11 +76,12 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     write_table(results / "settings.csv", [row for rows in settings.values() for row in rows])
     write_table(results / "differences.csv", differences)
     write_table(results / "pooled.csv", pooled)
+    write_table(results / "claims.csv", tests := claims.tested(list(runs.values())))
     parts = {grid: settings_table(rows) + differences_table([d for d in differences if d["grid"] == grid])
              for grid, rows in settings.items()}
     parts["main"] += pooled_table(pooled)
     parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis) + difficulty_table(of_levels),
-              "differences": []}
+              "claims": claims_table(tests), "differences": []}
     drawn = figures(results, members, differences, diagnosis) + figure_2(results, diagnosis, of_levels)
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
@@ -188,6 +191,19 @@ def pooled_table(rows: Sequence[dict]) -> list[str]:
     return ["", *markdown(head, [[*key, *cells] for key, cells in methods.items()])] if methods else []
 
 
+def claims_table(rows: Sequence[dict]) -> list[str]:
+    """Markdown: the tests of the paper's claims, a row a setting; a claim is named once."""
+    body, last = [], ""
+    for row in rows:
+        cells = difference_cells(row) if row["mean"] is not None else ["-", "-", "-"]
+        claim = [row["claim"], row["paper"]] if row["claim"] != last else ["", ""]
+        body.append([*claim, row["setting"], row["seeds"], *cells, row["verdict"], f"`{row['command']}`"])
+        last = row["claim"]
+    head = ["claim", "paper", "ours: game", "seeds", "difference [bootstrap]", "[Student]", "above 0", "verdict",
+            "again"]
+    return markdown(head, body)
+
+
 def comparison(rows: Sequence[Sequence[Run]]) -> list[str]:
     """Markdown: differences of the first row of runs to the second, the third to the fourth, ..., and of all together.
 
@@ -199,7 +215,7 @@ def comparison(rows: Sequence[Sequence[Run]]) -> list[str]:
         for row in (first, second):
             if len(by_setting(row)) > 1:
                 raise ValueError("--compare: expected runs of one setting, got " + ", ".join(run.name for run in row))
-        pairs = real_pairs((run, other) for run in first for other in second if run.config.seed == other.config.seed)
+        pairs = real_pairs(product(first, second))
         if not pairs:
             raise ValueError(f"--compare: {first[0].name} and {second[0].name} share no seed, or their levels, first "
                              "weights or evaluations differ")
@@ -220,7 +236,7 @@ def difference_cells(found: dict) -> list[str]:
     """A difference in points, its two intervals, and how many of the pairs or games are above 0."""
     return [f"{percent(found['mean'], sign=True)} {interval(found['low'], found['high'])}".strip(),
             interval(found["student_low"], found["student_high"]) or "-",
-            f"{found['above']} of {found.get('pairs') or found['games']}"]
+            f"{found['above']} of {found['of']}"]
 
 
 def tuning_table(tuning: dict[tuple, dict]) -> list[str]:

@@ -3,6 +3,7 @@
     results/runs/NAME/   what a run left: settings with commit, versions and hardware, metrics, evaluations
     runs.csv             a row a run          evaluations.csv   a row an evaluation
     settings.csv         a row a setting      differences.csv   a row a paired difference     pooled.csv   of all games
+    claims.csv           a row a test of one of the paper's claims
     floors.csv, diagnosis.csv, diagnosis-groups.csv, README.md (between its markers), *.png
 
 A setting is what the seeds of one row share. Runs of one seed share levels and first weights, so settings are compared
@@ -90,13 +91,13 @@ def late_success(run: Run) -> float:
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
     """Mean of first - second over paired seeds, its 95 % percentile bootstrap interval over seeds, and Student's.
 
-    Fewer than three pairs have no interval. `above` counts the pairs with first > second.
+    Fewer than three pairs have no interval. `above` counts the pairs with first > second, `of` all.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     low, high = bootstrap_interval(differences) if len(differences) > 2 else (None, None)
     student_low, student_high = mean_interval(differences) if len(differences) > 2 else (None, None)
     return {"mean": statistics.mean(differences), "low": low, "high": high, "student_low": student_low,
-            "student_high": student_high, "above": sum(d > 0 for d in differences), "pairs": len(differences)}
+            "student_high": student_high, "above": sum(d > 0 for d in differences), "of": len(differences)}
 
 
 def pooled_difference(games: Sequence[Sequence[float]]) -> dict[str, float | int]:
@@ -107,7 +108,7 @@ def pooled_difference(games: Sequence[Sequence[float]]) -> dict[str, float | int
     student_low, student_high = pooled_interval(games)
     return {"mean": statistics.mean(map(statistics.mean, games)), "low": float(low), "high": float(high),
             "student_low": student_low, "student_high": student_high,
-            "above": sum(statistics.mean(game) > 0 for game in games), "games": len(games)}
+            "above": sum(statistics.mean(game) > 0 for game in games), "of": len(games)}
 
 
 def is_pair(run: Run, other: Run) -> bool:

@@ -63,7 +63,7 @@ def test_games_are_pooled_as_equals_whatever_their_number_of_seeds():
     found = tables.pooled_difference([[0.0, 0.2], [0.4, 0.4, 0.4]])
     half = 12.706 * 0.1 / 2  # Student's: s² = .02 / 2 of the first game alone, one degree of freedom
     assert found == pytest.approx({"mean": 0.25, "low": 0.2, "high": 0.3, "student_low": 0.25 - half,
-                                   "student_high": 0.25 + half, "above": 2, "games": 2})
+                                   "student_high": 0.25 + half, "above": 2, "of": 2})
     pairs = [(make_run([0.2, 0.5], seed, env=env, **BY_ENV["laptop"].get(env, {})),
               make_run([0.2, 0.4], seed, env=env, weights="uniform", **BY_ENV["laptop"].get(env, {})))
              for env, seeds in (("frozenlake", range(3)), ("sokoban", range(4)), ("sudoku", range(2)))
@@ -82,7 +82,7 @@ def test_the_paired_difference_of_a_known_case():
     found = paired_difference([1, 2, 4, 4, 5], [1, 2, 3, 4, 5])
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.2, 0, 0.6))
     assert (found["student_low"], found["student_high"]) == pytest.approx((0.2 - 0.5552, 0.2 + 0.5552), abs=1e-3)
-    assert (found["above"], found["pairs"]) == (1, 5)
+    assert (found["above"], found["of"]) == (1, 5)
     few = paired_difference([0.75, 0.5], [0.5, 0.5])
     assert few["mean"] == 0.125 and few["low"] is None and few["student_high"] is None
 
@@ -104,7 +104,7 @@ def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only
     stranger = replace(uniform[3], about={"model_sha256": "b"})
     rows = difference_rows("main", zip(focus, [*uniform[:3], stranger], strict=True))
     final = next(row for row in rows if row["measure"] == "final")
-    assert (final["seeds"], final["pairs"], final["against"]) == ("0 1 2", 3, "uniform")
+    assert (final["seeds"], final["of"], final["against"]) == ("0 1 2", 3, "uniform")
     assert final["mean"] == pytest.approx(0.2)  # (.1 + .2 + .3) / 3
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
     assert difference_rows("main", [(focus[0], focus[0])]) == []
@@ -256,7 +256,7 @@ def again(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["../README.md", "README.md", "runs.csv", "settings.csv", "evaluations.csv",
-                                  "differences.csv", "pooled.csv", "floors.csv"])
+                                  "differences.csv", "pooled.csv", "claims.csv", "floors.csv"])
 def test_the_committed_tables_are_what_the_report_writes(again, name):
     written, there = again / name, RESULTS / name
     assert written.exists() == there.exists() and (not there.exists() or written.read_text() == there.read_text())
