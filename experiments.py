@@ -102,8 +102,8 @@ def grids() -> dict[str, Grid]:
         "slippery": Grid([tuned(run, success_rate=0.8) for run in lake], uniform),
         "ablation": Grid([variant(run, changes) for run in focus for changes in VARIANTS], bare),
         "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)]
-                      + [canonical(run) for run in grid(SEEDS["frozenlake"], ["frozenlake"], ["ppo"], ["uniform"],
-                                                        learning_rate=RATES)], bare),
+                      + [canonical(run) for game in TWO
+                         for run in grid(SEEDS[game], [game], ["ppo"], ["uniform"], learning_rate=RATES)], bare),
         "committed": Grid([tuned(run, model="committed") for run in both], uniform),
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
         "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],
