@@ -53,7 +53,7 @@ VARIANTS = [  # of Eq. (5), one thing changed at a time
     {"weights": "class_mean"},  # a loss that averages over each class
     {"alpha": 1.0, "beta": 0.0},  # uniform, at ActFocus' learning rate
 ]
-TUNED = ("main", "slippery", "ablation", "committed")
+TUNED = ("main", "slippery", "ablation", "tags", "committed")
 
 
 class Grid(NamedTuple):
@@ -104,6 +104,8 @@ def grids() -> dict[str, Grid]:
         "rates": Grid([canonical({**run, "learning_rate": rate}) for run in both for rate in (5e-5, *RATES)]
                       + [canonical(run) for game in TWO
                          for run in grid(SEEDS[game], [game], ["ppo"], ["uniform"], learning_rate=RATES)], bare),
+        "tags": Grid([tuned(run, tag_weight="one") for run in grid(SEEDS["sokoban"], ["sokoban"], ["ppo"],
+                                                                   ["actfocus"])], bare),  # where it loses its format
         "committed": Grid([tuned(run, model="committed") for run in both], uniform),
         "defaults": Grid([canonical(run) for run in grid(FEW, GAMES, ["grpo"], ["actfocus"])]),
         "rivals": Grid([canonical(run) for run in grid(FEW, TWO, ALGOS, ["uniform"])],

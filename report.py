@@ -41,7 +41,7 @@ from tables import (
 )
 
 Pair = tuple[str, str | None]  # names of a run and of the one it is compared with
-GRIDS = ("defaults", "main", "long", "slippery", "ablation", "rates", "committed", "rivals", "lambda", "other")
+GRIDS = ("defaults", "main", "long", "slippery", "ablation", "tags", "rates", "committed", "rivals", "lambda", "other")
 PICTURES = {  # each at the top of its part of the page, with what it shows
     "defaults": ("defaults.png", "Learning curves of the defaults on each game"),
     "main": ("learning.png", "Learning curves of PPO and GRPO, with ActFocus and with uniform weights"),

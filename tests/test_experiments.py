@@ -68,7 +68,7 @@ def test_the_grids_have_what_the_issue_asks_for(results):
     grids = {name: {name_of(run) for run in grid.runs} for name, grid in experiments.grids().items()}
     assert len(grids["main"]) == (3 * 5 + 3) * 2 * 2 and len(grids["tune"]) == (4 * 2 + 2) * 2 * 3 * 2
     assert len(grids["ablation"]) == 16 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
-    assert len(grids["slippery"]) == 2 * 5 and len(grids["long"]) == 2 * 2 * 5
+    assert len(grids["slippery"]) == 2 * 5 and len(grids["long"]) == 2 * 2 * 5 and len(grids["tags"]) == 5
     assert len(grids["rates"]) == 2 * 2 * 4 * 5 + 2 * 3 * 5
     assert len(grids["rivals"]) == 7 * 2 * 3 and len(grids["defaults"]) == 4 * 3
     assert grids["lambda"] == {f"{env}-poad-uniform-seed{seed}-lam1.0" for env in ("frozenlake", "sokoban")
