@@ -298,6 +298,22 @@ def test_the_loss_is_zero_at_ratio_one_with_centred_advantages_and_its_gradient_
     assert loss.item() == 0 and (logp.grad[0] < 0).all() and (logp.grad[1] > 0).all()
 
 
+def test_an_equal_advantage_moves_the_policy_where_the_tokens_of_one_position_weigh_differently():
+    # in expectation over y ~ π: Σ π(y) w(y) A ∇ log π(y) = A w Σ ∇ π(y) = 0 where w is one number. After a move stand
+    # another move, w = 1.25, and </answer>, a tag, w = α = 0.1: for z = (go on, close)
+    # ∂/∂z₁ = A π₁ π₂ (w₁ - w₂), and the loss has -1 / Σ π w of it
+    logits = tensor([[0.3, -0.2]], dtype=torch.double, requires_grad=True)
+    logp = logits.log_softmax(-1)
+    go_on, close = (probabilities := logp.detach().exp())[0].tolist()
+    for advantage in (1.0, -1.0):
+        for weights in ((1.0, 1.0), (1.25, 0.1)):
+            expected = probabilities * tensor([weights], dtype=torch.double)
+            loss = actfocus.policy_loss(logp, logp, torch.full_like(logp, advantage).detach(), expected)
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            push = -advantage * go_on * close * (weights[0] - weights[1]) / expected.sum().item()
+            assert_close(gradient, tensor([[push, -push]], dtype=torch.double))
+
+
 def test_loss_gradient_passes_gradcheck_and_is_zero_where_clipped():
     """Where the clipped product is the smaller one it is a constant: no gradient."""
     batch, logp, old_logp, advantages, _ = ragged_batch(0)
