@@ -107,13 +107,11 @@ def result(claim: Claim, found: Sequence[Sequence[Run]]) -> dict:
     """Seeds, difference, intervals and verdict of one test."""
     by_game = [real_pairs(product(first, second)) for first, second in zip(found[::2], found[1::2], strict=True)]
     enough = all(pairs and len(pairs) >= ENOUGH.get(pairs[0][0].config.env, 5) for pairs in by_game)
-    known = ("mean", "low", "high", "student_low", "student_high", "above", "of")
-    difference = dict.fromkeys(known)
+    difference = dict.fromkeys(("mean", "low", "high", "student_low", "student_high", "above", "of"))
     if len(by_game) == 1 and by_game[0]:
         difference = paired_difference(*compared(by_game[0])[claim.measure])
     elif enough:
         difference = pooled_difference([np.subtract(*compared(pairs)[claim.measure]) for pairs in by_game])
     both = [(difference["low"], difference["high"]), (difference["student_low"], difference["student_high"])]
     return {"seeds": ", ".join(" ".join(str(run.config.seed) for run, _ in pairs) or "none" for pairs in by_game),
-            **{name: difference[name] for name in known},
-            "verdict": verdict(claim, both) if enough else "not tested"}
+            **difference, "verdict": verdict(claim, both) if enough else "not tested"}

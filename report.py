@@ -207,6 +207,8 @@ def claims_table(rows: Sequence[dict]) -> list[str]:
 def comparison(rows: Sequence[Sequence[Run]]) -> list[str]:
     """Markdown: differences of the first row of runs to the second, the third to the fourth, ..., and of all together.
 
+    All together only where every game has three pairs, as in `pooled_rows`.
+
     Raises:
         ValueError: the runs of a row differ in more than the seed, or two rows have no pair of runs.
     """
@@ -225,7 +227,7 @@ def comparison(rows: Sequence[Sequence[Run]]) -> list[str]:
                   *markdown(["", "first", "second", "difference [bootstrap]", "[Student]", "seeds above"],
                             [[name, *(percent(statistics.mean(side)) for side in sides),
                               *difference_cells(paired_difference(*sides))] for name, sides in games[-1].items()])]
-    if len(games) > 1:
+    if len(games) > 1 and all(len(game["final"][0]) > 2 for game in games):
         together = [[name, *difference_cells(pooled_difference([np.subtract(*game[name]) for game in games]))]
                     for name in MEASURES]
         lines += ["", *markdown(["together", "difference [bootstrap]", "[Student]", "games above"], together)]

@@ -215,9 +215,8 @@ def difference_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
         about = {"grid": grid, "env": env, "algo": algo, "weights": weights, "settings": label(rest),
                  "learning_rate": rate, "against": describe_setting(against, setting),
                  "seeds": " ".join(str(run.config.seed) for run, _ in members)}
-        for measure in MEASURES:
-            first, second = ([measures(pair[i], 1.0)[measure] for pair in members] for i in (0, 1))
-            rows.append({**about, "measure": measure, **paired_difference(first, second)})
+        values = compared(members)
+        rows += [{**about, "measure": measure, **paired_difference(*values[measure])} for measure in MEASURES]
     return rows
 
 
@@ -232,10 +231,9 @@ def pooled_rows(grid: str, pairs: Iterable[tuple[Run, Run]]) -> list[dict]:
         games = {env: members for env, members in by_game.items() if len(members) > 2}
         about = {"grid": grid, "algo": algo, "weights": weights, "against": against,
                  "seeds": ", ".join(f"{env} {len(members)}" for env, members in sorted(games.items()))}
-        for measure in MEASURES if len(games) > 1 else ():
-            differences = [[measures(run, 1.0)[measure] - measures(other, 1.0)[measure] for run, other in members]
-                           for members in games.values()]
-            rows.append({**about, "measure": measure, **pooled_difference(differences)})
+        values = [compared(members) for members in games.values()]
+        rows += [{**about, "measure": measure, **pooled_difference([np.subtract(*game[measure]) for game in values])}
+                 for measure in MEASURES if len(games) > 1]
     return rows
 
 

@@ -129,6 +129,8 @@ def test_rows_are_compared_at_every_evaluation_that_they_share_and_games_togethe
     both = report.comparison([focus, uniform, uniform, focus])
     together = both[both.index("| together | difference [bootstrap] | [Student] | games above |"):]
     assert "| final | +0.0 [-6.7, 6.7] | [-11.3, 11.3] | 1 of 2 |" in together
+    few = report.comparison([focus, uniform, focus, uniform[:1]])  # one pair has no interval, nor have games with it
+    assert not any("together" in line for line in few)
     for rows, said in (([focus, focus], "share no seed"), ([focus[:1], uniform[:1]], "share no seed"),
                        ([focus, [*uniform, focus[0]]], "expected runs of one setting")):
         with pytest.raises(ValueError, match=said):
