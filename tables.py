@@ -14,6 +14,7 @@ last third of the steps, which are sampled at temperature 1 on training levels, 
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def run_row(run: Run, floors: Path) -> dict:
 
 def minutes(run: Run) -> float:
     """Of training, without evaluations."""
-    return sum(value for row in run.metrics for name, value in row.items() if name.startswith("seconds_")) / 60
+    return math.fsum(value for row in run.metrics for name, value in row.items() if name.startswith("seconds_")) / 60
 
 
 def label(settings: Iterable[tuple]) -> str:

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 torch.set_num_threads(1)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers that tests expect are those of a CPU, also where there is a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refused at once, network or not
 
 selected: dict[str, list[pytest.Item]] = {}  # function of the exercises → the tests that grade it
