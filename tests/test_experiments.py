@@ -67,7 +67,7 @@ def test_every_planned_run_is_one_that_train_accepts_and_has_its_own_name(result
 def test_the_grids_have_what_the_issue_asks_for(results):
     grids = {name: {name_of(run) for run in grid.runs} for name, grid in experiments.grids().items()}
     assert len(grids["main"]) == (3 * 5 + 3) * 2 * 2 and len(grids["tune"]) == (4 * 2 + 2) * 2 * 3 * 2
-    assert len(grids["ablation"]) == 16 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
+    assert len(grids["ablation"]) == 17 * 2 * 5 and len(grids["committed"]) == 2 * 2 * 5
     assert len(grids["slippery"]) == 2 * 5 and len(grids["long"]) == 2 * 2 * 5 and len(grids["tags"]) == 5
     assert len(grids["rates"]) == 2 * 2 * 4 * 5 + 2 * 3 * 5
     assert len(grids["rivals"]) == 7 * 2 * 3 and len(grids["defaults"]) == 4 * 3
@@ -140,7 +140,7 @@ def test_a_grid_starts_only_at_rates_that_are_chosen_and_those_of_now(results, m
     assert experiments.main(["main", "--only", "frozenlake-grpo-*"]) == 2 and not started
     assert "no learning rate is chosen yet for frozenlake grpo actfocus: first" in capsys.readouterr().err
     assert experiments.main(["tune", "ablation", "main", "--only", "frozenlake-grpo-*", "--jobs", "1"]) == 0
-    assert len([name for name in started if "committed" not in name]) == 12 + 16 * 5 + 10
+    assert len([name for name in started if "committed" not in name]) == 12 + 17 * 5 + 10
     assert all("learning_rate0.0002" in name for name in started[24:])
     assert experiments.main(["main", "--list"]) == 0 and experiments.main(["main"]) == 2
 
