@@ -75,8 +75,10 @@ def tag_tokens(pieces: Sequence[str]) -> Tensor:
     return torch.tensor(is_tag, dtype=torch.bool) & ~classify_tokens(pieces)[1]
 
 
-def tag_mask(rows: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(B, T): `tag_tokens` of every response of these trajectories."""
+def tag_mask(weight: str, rows: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    """(B, T): `tag_tokens` of every response of these trajectories; None where tags weigh what reasoning weighs."""
+    if weight != "one":
+        return None
     masks = []
     for row in rows:
         masks.append(torch.zeros(len(row.tokens), dtype=torch.bool))

@@ -62,7 +62,7 @@ def _bench_memory(config: Config, state: State, batch: Batch) -> None:
     part = batch.take(max(shares, key=lambda rows: batch.lengths[rows].sum()))
 
     def gradients() -> None:
-        sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max"), 0.0)
+        sums = dict.fromkeys(train.SUMS, 0.0)
         train.add_gradients(config, state, part, sums, first=True)
         state.optimizer.zero_grad()
 

@@ -46,6 +46,12 @@ class State:
     skipped: int = 0  # optimiser steps whose gradient was not finite
     bad_steps: int = 0  # how many of them in a row
 
+    @property
+    def learners(self) -> list[tuple[torch.nn.Module, torch.optim.Optimizer]]:
+        """The models that learn, each with its optimiser."""
+        critic = [(self.critic, self.critic_optimizer)] if self.critic else []
+        return [(self.policy, self.optimizer), *critic]
+
 
 def new_run(config: dict, device: str = "cpu") -> Path:
     """A run folder with its config.json, by default a new one under runs/; nothing that exists is written over."""
@@ -152,6 +158,17 @@ def restore(state: State, path: Path) -> None:
     if state.critic:
         state.critic.load_state_dict(saved["critic"])
         state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+
+
+def check_start(run: Path, model: Path) -> None:
+    """Refuse to go on where the model that a run began with, its π_ref, has other weights by now.
+
+    Raises:
+        ValueError: it names both digests.
+    """
+    was = json.loads((run / "config.json").read_text(encoding="utf-8")).get("model_sha256")
+    if was and was != (now := weights_digest(model)):
+        raise ValueError(f"{run} began with {model} of weights {was}, and these are {now} now: its reference is lost")
 
 
 def _adapter(policy: PreTrainedModel) -> dict[str, Tensor]:

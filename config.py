@@ -129,9 +129,9 @@ class Config:
                              "step (num_prompts x num_generations x filter_fraction)")
 
 
-BY_MODEL = {  # what fits a model on two cores; ours
-    "smollm2": dict(warmstart_steps=180, warmstart_learning_rate=3e-4, dtype="bfloat16", learning_rate=1e-5,
-                    num_prompts=4, mini_batch_size=16, max_steps=24, eval_steps=8, eval_prompts=32),
+BY_MODEL = {"smollm2": dict(warmstart_steps=180, warmstart_learning_rate=3e-4, dtype="bfloat16")}  # its start; ours
+LAPTOP_BY_MODEL = {  # what fits it on two cores; ours
+    "smollm2": dict(learning_rate=1e-5, num_prompts=4, mini_batch_size=16, max_steps=24, eval_steps=8, eval_prompts=32),
 }
 BENCH = {"smollm2": dict(num_prompts=2)}  # minutes on one core; ours
 EXTENDABLE = {"max_steps", "eval_steps", "save_steps", "device", "num_threads", "micro_batch_tokens",
@@ -204,28 +204,36 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Path | None]:
     preset = given.pop("preset", "laptop")
     env, algo, model = (given.get(name, getattr(Config, name)) for name in ("env", "algo", "model"))
     changed = {}
-    for name, settings in {**chosen_settings(preset, env, algo), f"model {model}": BY_MODEL.get(model, {})}.items():
+    for name, settings in chosen_settings(preset, env, algo, model).items():
         if settings:
             print(f"{name}:", " ".join(f"--{key} {value}" for key, value in settings.items()))
         changed |= settings
     return Config(**{**changed, **given}), None
 
 
-def chosen_settings(preset: str, env: str, algo: str) -> dict[str, dict]:
+def chosen_settings(preset: str, env: str, algo: str, model: str = "") -> dict[str, dict]:
     """What is not as `Config` has it, by its reason; later ones win."""
     of_paper = PAPER_BY_ALGO.get((env, algo), {}) if preset == "paper" else {}
+    of_model = BY_MODEL.get(model, {}) | (LAPTOP_BY_MODEL.get(model, {}) if preset == "laptop" else {})
     return {f"preset {preset}": PRESETS[preset], f"{env} in preset {preset}": BY_ENV[preset].get(env, {}) | of_paper,
-            f"algo {algo}": ALGO_SETTINGS.get(algo, {})}
+            f"algo {algo}": ALGO_SETTINGS.get(algo, {}), f"model {model}": of_model}
 
 
-def usual_settings(preset: str, env: str, algo: str) -> dict:
+def usual_settings(preset: str, env: str, algo: str, model: str = "") -> dict:
     """All of `chosen_settings` at once."""
-    return {name: value for part in chosen_settings(preset, env, algo).values() for name, value in part.items()}
+    return {name: value for part in chosen_settings(preset, env, algo, model).values() for name, value in part.items()}
 
 
 def of_run(run: Path) -> Config:
-    """The settings a run was started with; one that is older than a setting has its default."""
-    return Config(**{**vars(Config()), **checkpoint.read_config(run)})
+    """The settings a run was started with; one that is older than a setting has its default.
+
+    Raises:
+        ValueError: no run folder, or a setting that there is no more.
+    """
+    usual, saved = vars(Config()), checkpoint.read_config(run)
+    if unknown := sorted(saved.keys() - usual.keys()):
+        raise ValueError(f"{run}: was started with a setting that there is no more: {', '.join(unknown)}")
+    return Config(**{**usual, **saved})
 
 
 def departures(config: Config) -> dict:

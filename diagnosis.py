@@ -25,9 +25,9 @@ import plots
 from ablation import weight_signal
 from actfocus import answer_span, token_weights
 from config import Config
-from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman
+from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman, spearman
 from methods import count_levels, make_episodes, rollout_settings
-from policy import load_model, load_tokenizer, pad, pick_device
+from policy import load_model, load_tokenizer, pad, pick_device, precision
 from rollout import Batch, Trajectory, rollout, token_pieces
 from tables import append_rows
 from train import score_batch
@@ -48,9 +48,10 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
     policy, reference = (load_model(name, device) for name in (str(folder), config.model))
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for first in range(0, prompts, chunk):
-        levels = range(first, min(first + chunk, prompts))
-        rows += rollout(policy, tokenizer, make_episodes(config, levels, ROLLOUTS), generator,
-                        *rollout_settings(config))
+        levels = range(config.eval_first + first, config.eval_first + min(first + chunk, prompts))
+        episodes = make_episodes(config, levels, ROLLOUTS)
+        with precision(config.dtype, device):
+            rows += rollout(policy, tokenizer, episodes, generator, *rollout_settings(config))
     batch = Batch.of(rows)
     scores, old_logp = score_batch(reference, batch, config), score_batch(policy, batch, config).logp
     return rows, batch, {name: weight_signal(name, scores, old_logp) for name in SIGNALS}
@@ -92,8 +93,7 @@ def correlations(
     given = solved, (solved * (1 - solved)).round(9)
     for signal, values in signals.items():
         found = action_bottleneck(values, is_action, is_reasoning, returns, group_size)
-        apart = action_bottleneck(values, named, is_reasoning & ~named, returns, group_size)
-        found |= {"rho_commitment": apart["rho_action"], "p_commitment": apart["p_action"]}
+        found["rho_commitment"], found["p_commitment"] = spearman(group_means(values, named, group_size), return_std)
         for name, mask in zip(CLASSES, masks, strict=True):
             partial, p = partial_spearman(group_means(values, mask, group_size), return_std, *given)
             rows.append({"signal": signal, "tokens": name, "rho": found[f"rho_{name}"], "p": found[f"p_{name}"],

@@ -437,6 +437,8 @@ def main() -> None:
     parser.add_argument("--env", choices=list(ENVS), default="frozenlake")
     parser.add_argument("--seed", type=int, default=0, help="level")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: levels have numbers from 0 on")
     episode = Episode(make_env(args.env), args.seed)
     print(episode.system(), episode.user(), sep="\n\n")
     while not episode.done:

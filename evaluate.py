@@ -15,8 +15,10 @@ P prompts, G rollouts each, B = P·G rows, T tokens.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import transformers
 
 import checkpoint
@@ -24,8 +26,9 @@ import diagnosis
 import tables
 import viewer
 from bench import bench
-from config import BENCH, BY_ENV, BY_MODEL, Config, config_parser
+from config import BENCH, Config, config_parser, of_run, usual_settings
 from envs import ENVS, oracle_player, random_player
+from memory import advice, is_out_of_memory
 from methods import env_options
 from metrics import describe
 from policy import TINY, load_model, load_tokenizer, pick_device
@@ -67,14 +70,11 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
     """A folder's own settings under the flags that were given, and the folder of its model."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     if (run / "eval.jsonl").exists():
-        folder = checkpoint.find_checkpoint(folder)
-        given = {**checkpoint.read_config(run), **given}
-    else:
-        name, env = given.get("model", str(folder)), given.get("env", Config.env)
-        given = {**BY_ENV["laptop"].get(env, {}), **BY_MODEL.get(name, {}), **given, "model": name}
-        started = start_model(Config(**given))
-        given, folder = {**given, "model": started}, Path(started) if str(folder) == name else folder
-    return Config(**given), folder
+        return replace(of_run(run), **given), checkpoint.find_checkpoint(folder)
+    name, env, algo = given.get("model", str(folder)), given.get("env", Config.env), given.get("algo", Config.algo)
+    config = Config(**{**usual_settings("laptop", env, algo, name), **given, "model": name})
+    started = start_model(config)
+    return replace(config, model=started), Path(started) if str(folder) == name else folder
 
 
 def report(config: Config, folder: Path) -> None:
@@ -99,8 +99,10 @@ def show_tokens(config: Config, folder: Path, episodes: int = 2) -> None:
     """Print episodes: observations dim, reasoning blue, action tokens on red that deepens with their weight."""
     scene = viewer.stage(config, folder)
     rows, batch, (alpha, beta) = scene.rows, scene.batch, config.alpha_beta
-    print(f"\x1b[2mprompt and observation, weight 0\x1b[0m   \x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
-          + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
+    print("\x1b[2mprompt and observation, weight 0\x1b[0m", end="   ")
+    if config.weights != "class_mean":  # whose weights are of the batch
+        print(f"\x1b[34mreasoning, weight {alpha}\x1b[0m   action, weight "
+              + " ".join(_paint("action", 1 + beta * i / 4, beta, f" {1 + beta * i / 4:.2f} ") for i in range(5)))
     for b in range(0, len(rows), config.num_generations)[:episodes]:
         row, out = rows[b], []
         for t, piece in enumerate(token_pieces(scene.tokenizer, row.tokens)):
@@ -135,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         todo, config, folder = parse(argv)
+        torch.set_num_threads(config.num_threads or torch.get_num_threads())
         if todo["plot"]:
             tables.compare(todo["plot"], Path(config.output_dir or "runs"))
         elif todo["floors"]:
@@ -152,6 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(config, folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(advice(error), file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,6 @@
 """Runs grids of experiments: every combination is a run of train.py with its own folder, at one thread.
 
-    python experiments.py tune main                  # all missing runs of these grids, two at a time
+    python experiments.py tune main                  # all missing runs of these grids, one a core
     python experiments.py tune main --only "frozenlake-*"
     python experiments.py rivals --jobs 4 --list
     python experiments.py --run "frozenlake-grpo-actfocus-seed?"     # these again, whether there or not

@@ -32,8 +32,8 @@ from config import Config
 from envs import BUDGETS, Env, Episode, make_env
 from policy import micro_batches, precision
 from rollout import Batch, Trajectory, play_on, rollout
+from webshop import FIRST_TRAIN_SEED
 
-FIRST_TRAIN_SEED = 1_000_000  # evaluation levels lie below, the warm start's far above
 MAX_LEVELS = 100_000  # of one seed's steps; DAPO's later rounds draw theirs beyond
 DAPO_ROUNDS = 8  # at most, of P prompts each
 
@@ -41,19 +41,24 @@ DAPO_ROUNDS = 8  # at most, of P prompts each
 def play_levels(config: Config, state: State, levels: Sequence[int], samples: int = 0) -> list[Trajectory]:
     """G rollouts (or `samples`) of each level, a level's adjacent."""
     episodes = make_episodes(config, levels, samples or config.num_generations)
-    return rollout(state.policy, state.tokenizer, episodes, noise(state.generator), *rollout_settings(config))
+    with precision(config.dtype, state.policy.device):
+        return rollout(state.policy, state.tokenizer, episodes, noise(state.generator), *rollout_settings(config))
 
 
 def play_trees(config: Config, state: State, levels: Sequence[int]) -> list[Trajectory]:
     """N₀ rollouts of each level, then forks where the policy is least sure, G in all. CARL."""
     def play(forks: list[Trajectory]) -> list[Trajectory]:
-        return play_on(state.policy, state.tokenizer, forks, noise(state.generator), *rollout_settings(config))
+        with precision(config.dtype, state.policy.device):
+            return play_on(state.policy, state.tokenizer, forks, noise(state.generator), *rollout_settings(config))
 
     return grow_trees(play_levels(config, state, levels, config.carl_first), config.num_generations, play)
 
 
 def sample(config: Config, state: State, step: int, again: int = 0) -> list[Trajectory]:
-    """G rollouts of each of the step's P prompts, shared out over the ranks; MAX_LEVELS a run, none met twice."""
+    """G rollouts of each of the step's P prompts, shared out over the ranks; new levels every step.
+
+    Two levels of a run differ up to MAX_LEVELS prompts; in WebShop its goals come round again (878 in our shop).
+    """
     first = FIRST_TRAIN_SEED * (1 + config.seed) + step * config.num_prompts + again * MAX_LEVELS
     levels = parallel.block(range(first, first + config.num_prompts))
     return all_ranks(lambda: METHODS[config.algo].play(config, state, levels))
@@ -115,12 +120,21 @@ def env_options(config: Config) -> dict:
 
 
 def evaluation_levels(config: Config) -> range:
-    """Levels from `eval_first` on, refused where WebShop has not as many goals: one met twice is no news."""
+    """Levels from `eval_first` on.
+
+    Raises:
+        ValueError: the run trains on some, or WebShop has not as many goals: one met twice is no news.
+    """
+    levels = range(config.eval_first, config.eval_first + config.eval_prompts)
+    trained = range(first := FIRST_TRAIN_SEED * (1 + config.seed), first + FIRST_TRAIN_SEED)
+    if max(levels[0], trained[0]) <= min(levels[-1], trained[-1]):
+        raise ValueError(f"--eval_first {config.eval_first}: of its {config.eval_prompts} levels some are those that "
+                         f"--seed {config.seed} trains on, {trained[0]} to {trained[-1]}")
     goals = count_levels(config)
     if config.eval_prompts > goals:
         raise ValueError(f"--eval_prompts {config.eval_prompts}: this shop has {goals} goals to evaluate on; choose "
                          "at most as many, or the official files with --webshop_data")
-    return range(config.eval_first, config.eval_first + config.eval_prompts)
+    return levels
 
 
 def count_levels(config: Config) -> int:

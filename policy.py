@@ -84,7 +84,18 @@ def load_model(name: str, device: torch.device | str = "cpu") -> PreTrainedModel
                          f"{len(strange)} are missing or unknown, {min(strange)} for one")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"cannot load model {name!r}: it has weights that are not finite")
-    return model.eval().to(device)
+    if not _head_is_all(model.eval()):
+        raise ValueError(f"cannot use model {name!r}: its logits are more than its head of the last hidden state "
+                         "(scaled or capped), and here they are taken to be just that")
+    return model.to(device)
+
+
+@torch.no_grad()
+def _head_is_all(model: PreTrainedModel) -> bool:
+    ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3, atol=1e-3)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -175,7 +186,8 @@ def becoming(folder: Path, temporary: Path) -> Iterator[None]:
     """
     try:
         yield
-        os.replace(temporary, folder)
+        if not folder.is_dir():  # else another process was first, with the same
+            os.replace(temporary, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # one kind each of files, torch and safetensors
         free = shutil.disk_usage(folder.parent).free / 1e6
         raise OSError(f"{folder}: cannot be written with {free:,.0f} MB free ({_one_line(error)})") from None

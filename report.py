@@ -28,7 +28,10 @@ from tables import (
     compared,
     difference_rows,
     evaluation_rows,
+    interval,
+    markdown,
     paired_difference,
+    percent,
     pooled_difference,
     pooled_rows,
     read_run,
@@ -287,19 +290,6 @@ def difficulty_table(groups: Sequence[dict]) -> list[str]:
     head = ["env", "model", "step", "seed", "mean success", "action energy and success", "success and spread",
             "product of both", "action energy and spread"]
     return ["", *markdown(head, body)] if body else []
-
-
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
-
-
-def percent(value: float, sign: bool = False) -> str:
-    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-
-
-def interval(low: float | None, high: float | None) -> str:
-    return "" if low is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def reached(row: dict) -> str:

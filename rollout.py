@@ -12,6 +12,7 @@ writers | readers | free, so every forward pass works on a view of the cache.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -230,7 +231,7 @@ def rollout(
 ) -> list[Trajectory]:
     """Play every fresh episode to its end under `model`; arguments and errors as in `play_on`."""
     texts = [opening_text(tokenizer, episode.system(), episode.user()) for episode in episodes]
-    prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+    prompts = {text: tokenizer.encode(text, add_special_tokens=False) for text in dict.fromkeys(texts)}
     rows = [Trajectory.start(episode, prompts[text]) for episode, text in zip(episodes, texts, strict=True)]
     return play_on(model, tokenizer, rows, generator, temperature, max_response_tokens, max_context, engine)
 
@@ -332,6 +333,7 @@ def _has_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
     return ids[-1] == tokenizer.eos_token_id or "</answer>" in tokenizer.decode(ids)
 
 
+@lru_cache(maxsize=1)  # 0.4 s with 150,000 tokens, and CARL asks in every round
 def _may_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens after which a response can be over; only there is text looked at."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])

@@ -141,7 +141,7 @@ def main() -> int:
         if folder.exists():
             raise ValueError(f"--output_dir {folder}: exists already")
         convert(find_gguf(), folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(folder)

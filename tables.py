@@ -13,6 +13,7 @@ last third of the steps, which are sampled at temperature 1 on training levels, 
 """
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -256,18 +257,30 @@ def describe_setting(setting: tuple, beside: tuple) -> str:
 
 def result_rows(runs: Sequence[Run]) -> list[str]:
     """The main README's Markdown table: success before and after, 95 % interval, minutes of training."""
-    table = ["| env | algo | weights | lr | seeds | steps | before | after [95 % interval] | minutes |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    body = []
     for (env, algo, weights, rest, rate, *_), members in by_setting(runs).items():
-        low, high = seed_interval(members)
-        shown = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         before, after = (statistics.mean(run.evaluations[i]["success"] for run in members) for i in (0, -1))
         seeds = " ".join(str(run.config.seed) for run in members)
         steps = "-".join(map(str, sorted({run.evaluations[-1]["step"] for run in members})))
         name = ", ".join([weights, label(rest)] if rest else [weights])
-        table.append(f"| {env} | {algo} | {name} | {rate:g} | {seeds} | {steps} | {100 * before:.1f} | "
-                     f"{100 * after:.1f}{shown} | {statistics.mean(map(minutes, members)):.0f} |")
-    return table
+        body.append([env, algo, name, f"{rate:g}", seeds, steps, percent(before),
+                     f"{percent(after)} {interval(*seed_interval(members))}".strip(),
+                     f"{statistics.mean(map(minutes, members)):.0f}"])
+    head = ["env", "algo", "weights", "lr", "seeds", "steps", "before", "after [95 % interval]", "minutes"]
+    return markdown(head, body)
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def percent(value: float, sign: bool = False) -> str:
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def evaluation_rows(runs: Iterable[Run]) -> list[dict]:
@@ -284,6 +297,8 @@ def evaluation_rows(runs: Iterable[Run]) -> list[dict]:
 def compare(folders: Sequence[Path], out: Path) -> None:
     """Learning curves and gradient mass of several runs, all their evaluations as a table, a line for each setting."""
     runs, table = [read_run(folder) for folder in folders], out / "evaluations.csv"
+    if empty := [str(folder) for folder, run in zip(folders, runs, strict=True) if not run.evaluations]:
+        raise ValueError(f"--plot {empty[0]}: has no evaluation yet")
     curves = plots.learning_curves(folders, out / "learning.png")
     gradient = plots.gradient_mass(folders, out / "gradient.png")
     write_table(table, evaluation_rows(runs))
@@ -301,12 +316,13 @@ def append_rows(path: Path, rows: list[dict]) -> None:
     header = ",".join(rows[0])
     if path.exists() and (there := path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")) != header:
         raise ValueError(f"cannot add to {path}: its columns are not those of this table, but {there[:60]!r}")
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("ab", buffering=0) as file:
+        file.write(lines.getvalue().encode("utf-8"))
 
 
 def read_table(path: Path) -> list[dict]:

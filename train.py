@@ -40,6 +40,7 @@ from policy import TokenScores, precision, score_tokens, trainable
 from rollout import Batch, PromptTooLong, Trajectory, rollout
 from startup import build_state, dry_run, start_model
 
+SUMS = ("loss", "value_loss", "clipped", "logp_gap_max")  # what the micro-batches of a step add up
 MAX_BAD_STEPS = 5  # gradients in a row that are not finite, after which a run gives up
 
 
@@ -56,8 +57,7 @@ def train(config: Config, state: State, run: Path) -> None:
 def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float], Batch]:
     """The algorithm: sample, score, weigh, update. Returns the step's metrics and its batch."""
     start, method = time.perf_counter(), METHODS[config.algo]
-    with precision(config.dtype, state.policy.device):
-        sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
+    sampled_rows = method.sample(config, state, step)  # P·G trajectories under π_old
     returns = torch.tensor([row.episode.return_ for row in sampled_rows])
     rows = [sampled_rows[i] for i in method.keep(config, returns)]
     batch = Batch.of(rows)
@@ -67,7 +67,7 @@ def iteration(config: Config, state: State, step: int) -> tuple[dict[str, float]
     scored = time.perf_counter()
     batch.advantages = method.advantages(config, state, batch, rows)  # Aₜ, Eq. (3) or (12)
     batch.signal = weight_signal(config.signal, reference, batch.old_logp)  # Eₜ, or what the ablation tries instead
-    batch.is_tag = tag_mask(rows, state.tokenizer) if config.tag_weight == "one" else None
+    batch.is_tag = tag_mask(config.tag_weight, rows, state.tokenizer)
     batch.weights = weigh(config, batch)  # wₜ, Eq. (5)
     updated = update(config, state, batch)  # Eq. (6)
     seconds = {"seconds_rollout": sampled - start, "seconds_reference": scored - sampled,
@@ -100,15 +100,15 @@ def weigh(config: Config, batch: Batch, index: slice | Tensor = slice(None)) -> 
 def update(config: Config, state: State, batch: Batch) -> dict[str, float]:
     """One epoch of optimiser steps over mini-batches; each is cut into micro-batches whose gradients add up."""
     order = torch.randperm(len(batch.returns), generator=state.generator).split(config.mini_batch_size)
-    if config.weight_stats == "mini_batch":
-        for index in order:
+    for index in order:  # Careful: in the batch itself, whose metrics are read afterwards
+        if config.weight_stats == "mini_batch":
             batch.weights[index] = weigh(config, batch, index)
+        if config.whiten_mini_batches:
+            batch.advantages[index] = whiten(batch.advantages[index], batch.is_response[index])
     minis = [mini for index in order if (mini := batch.take(index)).is_response.any()]
-    sums = dict.fromkeys(("loss", "value_loss", "clipped", "logp_gap_max"), 0.0)
+    sums = dict.fromkeys(SUMS, 0.0)
     norms, skipped, over_kl = [], state.skipped, 0
     for number, mini in enumerate(minis):
-        if config.whiten_mini_batches:
-            mini.advantages = whiten(mini.advantages, mini.is_response)
         kl = add_gradients(config, state, mini, sums, first=number == 0)
         too_far = 0 < config.max_kl < kl
         over_kl += too_far
@@ -147,10 +147,10 @@ def add_gradients(config: Config, state: State, mini: Batch, sums: dict[str, flo
             sums["value_loss"] += error.item()
         log_ratio = torch.where(part.is_response, scores.logp.detach() - part.old_logp, 0.0)
         if first:  # before the first optimiser step π_θ is π_old, so the ratio must be 1
-            sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().max().item())
+            sums["logp_gap_max"] = max(sums["logp_gap_max"], log_ratio.abs().nan_to_num(nan=math.inf).max().item())
         sums["clipped"] += clipped(log_ratio, part.advantages, config.clip_low, config.clip_high)
         kl += kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3").sum().item() / tokens
-    for model in (state.policy, state.critic) if state.critic else (state.policy,):
+    for model, _ in state.learners:
         parallel.add_up(gradients(model))
     return sum(parallel.gather(kl))
 
@@ -165,10 +165,9 @@ def gradients(model: torch.nn.Module) -> Iterator[Tensor]:
 
 def optimizer_step(config: Config, state: State, policy_too: bool = True) -> float:
     """Clip the gradient and step; a gradient that is not finite changes nothing, and five in a row end the run."""
-    pairs = [(state.policy, state.optimizer)] + ([(state.critic, state.critic_optimizer)] if state.critic else [])
-    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm) for model, _ in pairs]
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm) for model, _ in state.learners]
     good = all(norm.isfinite() for norm in norms)
-    for model, optimizer in pairs:
+    for model, optimizer in state.learners:
         if good and (policy_too or model is not state.policy):
             optimizer.step()
         optimizer.zero_grad()
@@ -242,6 +241,8 @@ def prepare(config: Config, path: Path | None) -> State:
     if config.num_prompts % parallel.ranks():
         raise ValueError(f"--num_prompts {config.num_prompts}: not divisible by the {parallel.ranks()} ranks")
     print(memory_line(config, config.model))
+    if path:
+        checkpoint.check_start(path.parent, Path(config.model))
     state = build_state(config)
     if path:
         checkpoint.restore(state, path)

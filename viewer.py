@@ -53,11 +53,11 @@ def stage(config: Config, folder: Path) -> Scene:
     """`train.iteration` up to the update, for the model in `folder`."""
     state = load_state(config, folder)
     method = METHODS[config.algo]
-    rows = method.play(config, state, range(config.num_prompts))
+    rows = method.play(config, state, range(config.eval_first, config.eval_first + config.num_prompts))
     batch, missing = Batch.of(rows), ""
     reference = score_batch(state.reference, batch, config)
     batch.energy, batch.signal = reference.energy, weight_signal(config.signal, reference, batch.old_logp)
-    batch.is_tag = tag_mask(rows, state.tokenizer) if config.tag_weight == "one" else None
+    batch.is_tag = tag_mask(config.tag_weight, rows, state.tokenizer)
     if config.algo in CRITIC and not state.critic:
         missing = f"{config.algo} computes them from a critic, and {folder} has none saved"
     else:

@@ -5,8 +5,8 @@ environments in the form of rollouts; a small Llama learns their responses. The 
 and never names the move. First the moves are optimal, so that the mapping is learnt; then they are optimal only with
 a falling probability (`STAGES`), which leaves a soft policy with knowledge under it.
 
-    python warmstart.py --output_dir models/tiny --seed 0      # two hours on one core
-    python warmstart.py --output_dir models/committed --committed      # from it, thoughts that end with the move
+    python warmstart.py --output_dir models/new --seed 0      # two hours on one core
+    python warmstart.py --output_dir models/named --committed      # from models/tiny, thoughts that end with the move
     python warmstart.py --output_dir models/smollm2 --model smollm2 --env frozenlake     # any model, one game's format
 """
 
@@ -205,7 +205,7 @@ def commit_tiny(folder: Path, seed: int, shrink: int) -> None:
     learning_rate, phases = STAGES[-1]
     soft = dict(zip(GAMES, phases[-1][1], strict=True))
     skills = [skill for steps, skill in zip(COMMITTED_STEPS, (dict.fromkeys(GAMES, 1.0), soft), strict=True)
-              for _ in range(steps // shrink)]
+              for _ in range(max(1, steps // shrink))]
     rows = {game: ROWS[game] for game in COMMITTED}
     train(model, tokenizer, skills, learning_rate, 1000 + seed, rows, write=committed)
     for part in (model, tokenizer):
@@ -247,7 +247,7 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) -> tuple[list[int], list[float]]:
-    """Token ids of a transcript and their weights in the loss: 0 prompt, 1 reasoning, ACTION_WEIGHT action."""
+    """Token ids of a transcript and their weights in the loss: 0 prompt, 1 thought, ACTION_WEIGHT after `<answer>`."""
     ids, weights = [], []
     for text, is_response in parts:
         part = tokenizer.encode(text, add_special_tokens=False)
@@ -344,10 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.shrink < 1:
             raise ValueError(f"--shrink {args.shrink}: must be at least 1")
+        if args.output_dir.exists():
+            raise ValueError(f"--output_dir {args.output_dir}: exists already")
         torch.manual_seed(args.seed)
         if args.model:
-            if args.output_dir.exists():
-                raise ValueError(f"--output_dir {args.output_dir}: exists already")
             config = Config(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
                             warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
             bring_to_format(config, source_model(config), args.output_dir, args.seed)

@@ -28,7 +28,7 @@ from rapidfuzz import fuzz, utils
 
 from catalogue import BEST, Product, SearchIndex, load_products
 
-FIRST_TRAINING_SEED = 1_000_000
+FIRST_TRAIN_SEED = 1_000_000  # of all games: evaluation levels lie below, the warm start's far above
 SPLITS = ("by seed", "test", "validation", "train")
 SUB_PAGES = ("description", "features", "reviews")
 COLORS = (  # searched in this order: light blue and dark blue are blue, but dark green is dark
@@ -206,7 +206,7 @@ class WebShop:
 
     def goals_of(self, seed: int) -> list[Goal]:
         """The goals among which a level's seed chooses; by seed, evaluation and training have different ones."""
-        by_seed = "test" if seed < FIRST_TRAINING_SEED else "train"
+        by_seed = "test" if seed < FIRST_TRAIN_SEED else "train"
         return self.parts[by_seed if self.split == "by seed" else self.split]
 
     def reseed(self, replica: int) -> None:

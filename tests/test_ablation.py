@@ -104,7 +104,7 @@ def test_tags_at_1_change_the_weights_of_tags_only(tiny):
     assert not (batch.is_tag & batch.is_action).any() and not (batch.is_tag & ~batch.is_response).any()
     assert metrics["weight_share_reasoning"] > step(tiny)[1]["weight_share_reasoning"]
     rows = sample(settings, train.build_state(settings), 0)
-    assert tag_mask(rows, state.tokenizer).equal(batch.is_tag)
+    assert tag_mask(settings.tag_weight, rows, state.tokenizer).equal(batch.is_tag)
 
 
 def test_tags_at_1_are_no_change_to_uniform_weights(tiny):

@@ -80,6 +80,12 @@ def test_the_command_starts_from_tiny_and_saves_a_model_with_the_same_tokenizer(
     assert (old.lm_head.weight - new.lm_head.weight).abs().max() < 0.01  # and not far from where it started
     assert load_tokenizer(str(tmp_path / "new")).get_vocab() == load_tokenizer(str(tiny)).get_vocab()
     assert "step     3" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
+    assert warmstart.main() == 2 and f"--output_dir {tmp_path / 'new'}: exists already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()} == before  # nothing is written over
+    skills.clear()
+    assert warmstart.main(["--output_dir", str(tmp_path / "short"), "--committed", "--shrink", "1000"]) == 0
+    assert len(skills) == 2  # at least one step of each phase
 
 
 def test_the_model_in_the_repository_decides_in_its_thoughts_and_keeps_to_it():

@@ -1,6 +1,7 @@
 """--device: the loop runs on a device that is not the CPU, as far as that shows without one (see far.py)."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -75,9 +76,10 @@ def test_a_run_of_the_cpu_resumes_elsewhere(tiny, tmp_path, far, monkeypatch):
     monkeypatch.setattr(startup, "pick_device", lambda name: torch.device("cpu"))
     here = startup.build_state(settings)
     train.iteration(settings, here, 0)
-    checkpoint.save(here, tmp_path)
+    run = checkpoint.new_run(asdict(settings))
+    checkpoint.save(here, run)
     monkeypatch.setattr(startup, "pick_device", lambda name: DEVICE)
-    there = train.prepare(settings, checkpoint.find_checkpoint(tmp_path))
+    there = train.prepare(settings, checkpoint.find_checkpoint(run))
     for one, other in ((here.policy, there.policy), (here.critic, there.critic)):
         pairs = zip(one.parameters(), other.parameters(), strict=True)
         assert all(b.device == DEVICE and torch.equal(a, b.cpu()) for a, b in pairs)

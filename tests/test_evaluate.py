@@ -118,6 +118,14 @@ def test_a_mistake_is_one_line_and_code_2(tiny, tmp_path, capsys, arguments, par
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_without_an_evaluation_is_not_plotted(tiny, tmp_path, capsys):
+    run, page = tmp_path / "run", tmp_path / "out"
+    assert train.main(flags(model=tiny, output_dir=run, max_steps=0)) == 0
+    (run / "eval.jsonl").unlink()
+    assert evaluate.main(["--plot", str(run), "--output_dir", str(page)]) == 2
+    assert f"--plot {run}: has no evaluation yet" in capsys.readouterr().err and not page.exists()
+
+
 def test_a_run_that_has_not_made_a_step_is_reported_from_its_first_checkpoint(tiny, tmp_path, capsys):
     assert train.main(flags(model=tiny, output_dir=tmp_path / "run", max_steps=0)) == 0
     assert str(tmp_path / "run" / "checkpoint-0") in printed(capsys, tmp_path / "run")

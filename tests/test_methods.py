@@ -472,7 +472,7 @@ def test_dapos_later_rounds_and_steps_have_levels_of_their_own(tiny, monkeypatch
 
     monkeypatch.setattr(methods, "make_episodes", note)
     monkeypatch.setattr(methods, "rollout", lambda *_: [fake(0, 1.0, ([3],)) for _ in range(12)])
-    state = SimpleNamespace(policy=None, tokenizer=None, generator=None)
+    state = SimpleNamespace(policy=SimpleNamespace(device=torch.device("cpu")), tokenizer=None, generator=None)
     for step in range(3):
         assert len(METHODS["dapo"].sample(settings, state, step)) == 12 * methods.DAPO_ROUNDS
     levels = [level for levels, _ in asked for level in levels]
@@ -633,10 +633,28 @@ def test_whiten_mini_batches_gives_each_of_them_mean_0_and_variance_1(tiny, monk
     monkeypatch.setattr(train, "add_gradients", spy)
     whole = batch.advantages.clone()
     train.update(settings, state, batch)
-    assert len(given) == 4 and batch.advantages.equal(whole)
+    assert len(given) == 4 and batch.advantages.equal(whole) != on
     for advantages in given:
         assert (abs(advantages.mean()) < 1e-4 and abs(advantages.var(correction=0) - 1) < 1e-3) == on
-    assert on or sorted(torch.cat(given).tolist()) == sorted(batch.advantages[batch.is_response].tolist())
+    assert sorted(torch.cat(given).tolist()) == sorted(batch.advantages[batch.is_response].tolist())
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo", "poad", "ntpo"])
+def test_the_shares_of_the_gradient_that_are_logged_are_of_the_advantages_and_weights_that_are_trained(
+    tiny, monkeypatch, algo
+):
+    settings = config(tiny, algo=algo, mini_batch_size=2, weight_stats="mini_batch", **ALGO_SETTINGS.get(algo, {}))
+    mass, add_gradients = {True: 0.0, False: 0.0}, train.add_gradients
+
+    def spy(config, state, mini, *rest, **named):
+        pull = mini.weights * mini.advantages.abs() * mini.score_norm
+        for is_action in mass:
+            mass[is_action] += pull[mini.is_response & (mini.is_action == is_action)].sum().item()
+        return add_gradients(config, state, mini, *rest, **named)
+
+    monkeypatch.setattr(train, "add_gradients", spy)
+    row, _ = train.iteration(settings, train.build_state(settings), 0)
+    assert row["gradient_share_action"] == pytest.approx(mass[True] / (mass[True] + mass[False]), rel=1e-4)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.2])
@@ -727,6 +745,16 @@ def test_a_methods_own_settings_apply_and_given_flags_win(capsys):
     assert (settings.gamma, settings.lam, settings.whiten_mini_batches, settings.max_steps) == (0.5, 0.95, False, 2)
     assert parse(["--algo", "carl"])[0].clip_high == parse(["--algo", "carl"])[0].clip_low
     assert parse(["--algo", "grpo"])[0] == Config() and parse(["--algo", "ppo"])[0] == Config(algo="ppo")
+
+
+def test_a_models_own_settings_leave_a_chosen_preset_alone():
+    def settings(*given):
+        chosen = parse([*given, "--model", "smollm2"])[0]
+        return chosen.max_steps, chosen.num_prompts, chosen.warmstart_steps, chosen.dtype
+
+    assert settings() == (24, 4, 180, "bfloat16")
+    assert settings("--preset", "smoke") == (2, 2, 180, "bfloat16")
+    assert settings("--preset", "paper") == (200, 8, 180, "bfloat16")
 
 
 @pytest.mark.parametrize("algo", ["carl", "poad"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 import policy
 from policy import Critic, load_critic, load_model, load_tokenizer, micro_batches, opening_text, score_tokens, turn_text
@@ -219,6 +219,19 @@ def test_a_broken_model_folder_is_one_clear_line(tiny, tmp_path, how):
     with pytest.raises(ValueError) as caught:
         load_model(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"logits_scaling": 3.0}])
+def test_a_model_whose_logits_are_not_just_its_heads_is_refused(tmp_path, more):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "vocab_size": 50, "initializer_range": 0.5}
+    GraniteForCausalLM(GraniteConfig(**shape, **more)).save_pretrained(tmp_path)
+    if not more:
+        assert load_model(str(tmp_path)).config.logits_scaling == 1
+        return
+    with pytest.raises(ValueError, match="its logits are more than its head of the last hidden state") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["models/nope", "runs/nope", "./nope", "/nowhere/nope", "a/b/c"])

@@ -141,6 +141,49 @@ def test_a_kill_after_resuming_in_an_earlier_checkpoint_loses_no_line(finished, 
     assert_same_run(folder, finished)
 
 
+def test_a_run_whose_reference_was_made_anew_does_not_go_on(finished, tiny, tmp_path, capsys):
+    folder, model = tmp_path / "run", tmp_path / "tiny"
+    shutil.copytree(finished, folder)
+    shutil.copytree(tiny, model)
+    about = json.loads((folder / "config.json").read_text())
+    about["config"]["model"] = str(model)
+    (folder / "config.json").write_text(json.dumps(about))
+    assert resume(folder, "--max_steps", "4") == 0
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight.add_(0.1)
+    changed.save_pretrained(model)
+    before = sorted(path.name for path in folder.iterdir())
+    capsys.readouterr()
+    assert resume(folder, "--max_steps", "6") == 2
+    said = capsys.readouterr().err
+    assert f"{folder} began with {model} of weights {about['model_sha256']}" in said and said.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_setting_that_there_is_no_more_is_one_clear_line(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["config"]["gone"] = 1
+    (folder / "config.json").write_text(json.dumps(about))
+    assert resume(folder) == 2
+    assert "was started with a setting that there is no more: gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first, seed, prompts, refused", [
+    (0, 0, 128, False), (999_990, 0, 10, False), (999_990, 0, 11, True), (1_000_000, 0, 1, True),
+    (1_999_999, 0, 1, True), (2_000_000, 0, 1, False), (1_999_999, 1, 2, True), (881_000_000, 890, 128, False),
+])
+def test_no_level_is_evaluated_that_the_run_trains_on(first, seed, prompts, refused):
+    settings = train.Config(eval_first=first, seed=seed, eval_prompts=prompts)
+    if refused:
+        with pytest.raises(ValueError, match=f"--eval_first {first}: of its {prompts} levels some are those that"):
+            methods.evaluation_levels(settings)
+    else:
+        assert methods.evaluation_levels(settings) == range(first, first + prompts)
+
+
 def test_a_finished_run_can_be_extended(finished, tmp_path):
     folder = tmp_path / "longer"
     shutil.copytree(finished, folder)
@@ -262,6 +305,13 @@ def test_what_is_logged_of_an_update_is_of_all_its_mini_batches(tiny, monkeypatc
     metrics = train.update(settings, state, batch)
     assert len(batch.returns) == 8 and (metrics["loss"], metrics["value_loss"], metrics["grad_norm"]) == (2.5, 6.5, 4.5)
     assert metrics["clip_fraction"] == 11 / int(batch.is_response.sum())
+
+
+def test_a_gap_that_is_no_number_is_not_logged_as_no_gap(tiny, monkeypatch):
+    settings = config(tiny)
+    state, batch = prepared(settings)
+    batch.old_logp[tuple(batch.is_response.nonzero()[3])] = float("nan")
+    assert gradients(monkeypatch, settings, state, batch)[1]["logp_gap_max"] == float("inf")
 
 
 def test_the_energy_is_the_frozen_references_and_not_the_policys(tiny, monkeypatch):
