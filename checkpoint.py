@@ -93,6 +93,9 @@ def weights_digest(model: Path) -> str | None:
 
 def _commit() -> str:
     """The commit, with -dirty where code differs from it; results and texts may."""
+    if not shutil.which("git"):
+        return "unknown"
+
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 torch.set_num_threads(1)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers that tests expect are those of a CPU, also where there is a GPU
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refused at once, network or not
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is refused at once, network or not,
+os.environ["HF_HUB_CACHE"] = os.devnull  # and also where the machine has that model
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a cluster's own; a test that wants ranks starts them
+    os.environ.pop(name, None)
 
 selected: dict[str, list[pytest.Item]] = {}  # function of the exercises → the tests that grade it
 reports: dict[str, pytest.TestReport] = {}

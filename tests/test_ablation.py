@@ -1,10 +1,9 @@
 """ablation.py and its flags: which signal, which tokens and which statistics the weights of Eq. (5) are made of."""
 
-from dataclasses import replace
 
 import pytest
 import torch
-from tiny import config, lines
+from tiny import assert_same_run, config
 from torch import tensor
 
 import train
@@ -129,15 +128,19 @@ def test_one_mini_batch_a_step_makes_both_statistics_the_same(tiny):
     torch.testing.assert_close(batch.weights, other.weights)
 
 
-def test_the_page_of_tokens_weighs_as_the_run_does(tiny):
-    for options in ({"signal": "entropy"}, {"tag_weight": "one"}):
-        settings = config(tiny, max_response_tokens=60, **options)
-        scene = viewer.stage(settings, tiny)
-        batch = Batch.of(scene.rows)
-        scores = train.score_batch(load_model(str(tiny)), batch, settings)
-        plain = token_weights(scores.energy, batch.is_action, batch.is_reasoning)
-        assert not scene.batch.weights.equal(plain)
-        assert viewer.stage(replace(settings, signal="energy", tag_weight="alpha"), tiny).batch.weights.equal(plain)
+@pytest.mark.parametrize("tag_weight", ["alpha", "one"])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_page_of_tokens_weighs_as_the_run_does(tiny, signal, tag_weight):
+    settings = config(tiny, max_response_tokens=60, signal=signal, tag_weight=tag_weight)
+    scene = viewer.stage(settings, tiny)
+    batch = Batch.of(scene.rows)
+    scores = train.score_batch(load_model(str(tiny)), batch, settings)
+    expected = {"energy": scores.energy, "entropy": scores.entropy, "policy_nll": -batch.old_logp,
+                "logprob_shift": batch.old_logp - scores.logp}[signal]
+    weights = token_weights(expected, batch.is_action, batch.is_reasoning)
+    if tag_weight == "one":
+        weights = torch.where(tag_mask("one", scene.rows, scene.tokenizer), 1.0, weights)
+    assert scene.batch.weights.equal(weights)
 
 
 @pytest.mark.parametrize("name, wrong", [("signal", "surprise"), ("tag_weight", "2"), ("weight_stats", "epoch")])
@@ -155,4 +158,4 @@ def test_a_run_with_all_three_resumes_bit_for_bit(tiny, tmp_path):
         target = ["--output_dir", str(tmp_path / name), "--max_steps", steps, "--eval_steps", "1"]
         assert train.main([*arguments, *flags, *target]) == 0
     assert train.main(["--resume_from_checkpoint", str(tmp_path / "cut"), "--max_steps", "2"]) == 0
-    assert lines(tmp_path / "cut" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

@@ -94,7 +94,7 @@ def outcomes(tmp_path_factory):
     folder = copy_of_the_project(tmp_path_factory.mktemp("commands") / "project")
     shutil.copytree(ROOT / "results" / "runs", folder / "results" / "runs")
     (folder / "runs").mkdir()
-    some_run = next((folder / "results" / "runs").iterdir())
+    some_run = min((folder / "results" / "runs").iterdir())
     for name in ("one", "other", "right1", "bug1"):
         (folder / "runs" / name).symlink_to(some_run)
     jobs = {printed(words): in_small(number, *words) for number, words in enumerate(HERE)} | WRONG

@@ -85,11 +85,20 @@ def test_rows_of_several_checkpoints_gather_in_one_table(tiny, run, tmp_path):
         assert spearman(*columns)[0] == pytest.approx(float(about["rho"]), nan_ok=True)
 
 
-def test_webshops_groups_are_of_different_goals(monkeypatch):
-    shop = config(TINY, env="webshop")
+@pytest.mark.parametrize("env, groups", [("webshop", 128), ("frozenlake", 256)])
+def test_a_diagnosis_has_256_groups_and_in_webshop_one_a_goal(monkeypatch, env, groups):
+    asked = []
     monkeypatch.setattr(diagnosis, "PROMPTS", 256)
-    assert min(diagnosis.PROMPTS, diagnosis.count_levels(shop)) == 128
-    assert diagnosis.count_levels(config(TINY)) > 256
+    monkeypatch.setattr(diagnosis, "scored_rollouts", lambda *given: asked.append(given[2]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diagnosis.diagnose(config(TINY, env=env), TINY, None)
+    assert asked == [groups]
+
+
+def test_a_diagnosis_plays_level_after_level_from_the_first_evaluated_one_on(tiny, monkeypatch):
+    monkeypatch.setattr(diagnosis, "ROLLOUTS", 2)
+    rows, *_ = diagnosis.scored_rollouts(config(tiny, eval_first=50, max_turns=1), tiny, 18)
+    assert [row.episode.seed for row in rows] == [level for level in range(50, 68) for _ in range(2)]
 
 
 def test_the_policys_log_probs_are_those_of_the_checkpoint_and_the_references_those_of_the_first_model(tiny, run):

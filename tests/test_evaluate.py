@@ -140,6 +140,7 @@ def test_evaluation_levels_are_fixed_and_no_training_level_is_among_them(tiny, m
         return Episode(env, seed, *rest)
 
     monkeypatch.setattr(methods, "Episode", note)
+    monkeypatch.setattr(train, "EVALUATED", 2)  # a block for every level
     first, _ = train.evaluate_policy(settings, state.policy, state.tokenizer)
     evaluation, again = seen.copy(), train.evaluate_policy(settings, state.policy, state.tokenizer)[0]
     assert evaluation == [0, 0, 1, 1] == seen[4:] and first == again

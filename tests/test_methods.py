@@ -11,10 +11,8 @@ import literal
 import numpy as np
 import pytest
 import torch
-from tiny import config, flags, lines
-from transformers import AutoModelForCausalLM
+from tiny import assert_same_run, config, flags
 
-import checkpoint
 import evaluate
 import methods
 import train
@@ -548,6 +546,44 @@ def test_empg_gives_every_token_of_a_turn_the_turns_advantage(seed):
     assert (got[~batch.is_response] == 0).all()
 
 
+def test_ppos_advantage_is_gae_with_the_runs_discounts_and_whitened(monkeypatch):
+    rows = ragged(1)
+    batch = Batch.of(rows)
+    values = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(methods, "critic_values", lambda *_: values)
+    got = METHODS["ppo"].advantages(Config(algo="ppo", gamma=0.9, lam=0.8), None, batch, rows)
+    expected = []
+    for row, own, mask in zip(rows, values, batch.is_response, strict=True):
+        own = own[mask].tolist()
+        rewards = [0.0] * (len(own) - 1) + [row.episode.return_]
+        expected += literal.gae(rewards, own, [True] * len(own), 0.9, 0.8)
+    assert got[batch.is_response].tolist() == pytest.approx(literal.whiten(expected, 1e-8), abs=1e-4)
+    assert (got[~batch.is_response] == 0).all()
+
+
+@pytest.mark.parametrize("env, option, value, attribute", [
+    ("sokoban", "coordinates", False, "coordinates"), ("frozenlake", "success_rate", 0.7, "success_rate"),
+    ("frozenlake", "frozen", 0.6, "frozen"), ("sudoku", "sudoku_level", "hard", "level"),
+    ("sudoku", "hints", False, "hints"), ("webshop", "results_per_page", 7, "results_per_page"),
+    ("webshop", "title_words", 3, "title_words"), ("webshop", "webshop_strict", True, "strict"),
+    ("webshop", "short_pages", False, "short_pages"), ("webshop", "max_turns", 5, "max_turns"),
+    ("sokoban", "actions_per_turn", 1, "actions_per_turn"), ("sokoban", "max_actions", 7, "max_actions"),
+])
+def test_a_games_settings_reach_the_game(env, option, value, attribute):
+    assert getattr(methods.build_env(Config(env=env)), attribute) != value
+    assert getattr(methods.build_env(Config(env=env, **{option: value})), attribute) == value
+
+
+def test_the_official_files_the_prompts_style_and_the_penalty_reach_the_episode(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path / "nothing")):
+        methods.build_env(Config(env="webshop", webshop_data=str(tmp_path / "nothing")))
+    brief, whole = (methods.make_episodes(Config(prompt_style=style, format_penalty=0.7), [0], 1)[0]
+                    for style in ("brief", "paper"))
+    assert len(whole.system() + whole.user()) > 2 * len(brief.system() + brief.user())
+    whole.act(None)
+    assert whole.return_ == -0.7
+
+
 @pytest.mark.parametrize("algo", ["poad", "ntpo"])
 def test_poad_and_ntpo_are_their_recursions_over_tokens_and_step_over_observations(algo, monkeypatch):
     for seed in range(5):
@@ -776,15 +812,7 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one_and_keep
         patch.setattr(train, "iteration", killed)
         train.main(flags(**options, output_dir=tmp_path / "run"))
     assert train.main(["--resume_from_checkpoint", str(tmp_path / "run")]) == 0
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        assert lines(tmp_path / "run" / name) == lines(tmp_path / "whole" / name)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "checkpoint-3").state_dict()
-                    for name in ("run", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = (torch.load(tmp_path / name / "checkpoint-3" / checkpoint.STATE, weights_only=True)
-                    for name in ("run", "whole"))
-    assert ours["generator"].equal(theirs["generator"])
-    assert all(torch.equal(ours["critic"][name], theirs["critic"][name]) for name in ours.get("critic", {}))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
     _, seen_by_evaluate, _ = evaluate.parse([str(tmp_path / "run")])
     resumed, _ = parse(["--resume_from_checkpoint", str(tmp_path / "run")])
     own = ALGO_SETTINGS[algo] | {"lam": 0.9, "algo": algo}

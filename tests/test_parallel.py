@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config, flags, lines
+from tiny import config, flags, lines, weights
 from transformers import AutoModelForCausalLM
 
 import parallel
@@ -121,10 +121,6 @@ def runs(tiny, tmp_path_factory):
                           env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
-
-
-def weights(path):
-    return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 def assert_close_runs(one, other):

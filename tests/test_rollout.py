@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rollout as module
 from actfocus import policy_loss
+from contrib.responses import response_classes
 from envs import Episode, make_env
 from policy import TINY, load_model, load_tokenizer, score_tokens
 from rollout import Batch, Engine, Trajectory, rollout, token_pieces
@@ -142,6 +143,13 @@ def test_the_ids_trained_are_the_ids_sampled(tiny, monkeypatch):
     assert [batch.tokens[b][batch.is_response[b]].tolist() for b in range(len(rows))] == [
         sampled[id(row)] for row in rows
     ]
+
+
+def test_classes_made_of_ids_and_a_mask_alone_are_those_of_the_rollout(tiny):
+    tokenizer = load_tokenizer(str(tiny))
+    batch = Batch.of(play(load_model(str(tiny)), lake(), tokenizer))
+    is_reasoning, is_action = response_classes(tokenizer, batch.tokens, batch.is_response)
+    assert is_action.equal(batch.is_action) and is_reasoning.equal(batch.is_reasoning) and is_action.any()
 
 
 def test_ids_survive_where_decoding_and_encoding_again_would_give_others():

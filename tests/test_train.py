@@ -1,8 +1,8 @@
 """train.py and checkpoint.py: limits, micro-batches, resuming bit for bit, crashes, NaN, and a user's mistakes."""
 
 import json
+import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -10,12 +10,13 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
-from tiny import SMOKE, config, flags, lines
+from tiny import SMOKE, assert_same_run, config, flags, lines, same_weights, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -38,27 +39,6 @@ def run(tiny, folder, **options):
 
 def resume(folder, *more):
     return train.main(["--resume_from_checkpoint", str(folder), *more])
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def same_weights(one, other):
-    ours, theirs = weights(one), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def assert_same_run(one, other):
-    """Every number and every weight equal, to the last bit."""
-    assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
-    assert lines(one / "eval.jsonl") == lines(other / "eval.jsonl")
-    assert find_checkpoint(one).name == find_checkpoint(other).name
-    assert same_weights(find_checkpoint(one), find_checkpoint(other))
-    ours, theirs = (torch.load(find_checkpoint(path) / checkpoint.STATE, weights_only=True) for path in (one, other))
-    assert ours.keys() == theirs.keys() and ours["generator"].equal(theirs["generator"])
-    for name in set(ours) & {"critic"}:
-        assert all(torch.equal(ours[name][key], theirs[name][key]) for key in ours[name])
 
 
 @pytest.fixture(scope="module", params=["grpo", "ppo"])
@@ -192,21 +172,29 @@ def test_a_finished_run_can_be_extended(finished, tmp_path):
     assert find_checkpoint(folder).name == "checkpoint-5"
 
 
+@pytest.mark.parametrize("lines_before", [0, 1, 3])
 @pytest.mark.parametrize("finished", ["grpo"], indirect=True)
-def test_a_run_killed_at_a_random_moment_and_resumed_equals_the_uninterrupted_one(finished, tiny, tmp_path):
+def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one(finished, tiny, tmp_path, lines_before):
     folder = tmp_path / "killed"
     command = [sys.executable, str(Path(train.__file__)), *flags(model=tiny, output_dir=folder, mini_batch_size=4)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    while not (folder / "checkpoint-0").exists():
+    while not (folder / "checkpoint-0").exists() or len(checkpoint.read_lines(folder / "metrics.jsonl")) < lines_before:
         assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.02)
-    delay = random.SystemRandom().uniform(0, 1.6)
-    time.sleep(delay)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    print(f"killed {delay:.3f} s after the first checkpoint, at {find_checkpoint(folder).name}")
     assert resume(folder) == 0
     assert_same_run(folder, finished)
+
+
+def test_the_commit_is_marked_where_code_differs_and_unknown_where_there_is_no_git(monkeypatch):
+    for changed, ending in (("", ""), (" M train.py", "-dirty")):
+        answers = {"status": changed, "rev-parse": "0123456789ab"}
+        monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, answers=answers, **_: SimpleNamespace(
+            stdout=answers[command[1]]))
+        assert checkpoint.provenance(Path("nowhere"))["commit"] == "0123456789ab" + ending
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint.provenance(Path("nowhere"))["commit"] == "unknown"
 
 
 def test_a_run_killed_in_its_first_evaluation_can_be_continued(tiny, tmp_path, monkeypatch):
@@ -240,7 +228,8 @@ def prepared(settings):
     reference = train.score_batch(state.reference, batch, settings)
     batch.energy, batch.ref_logp = reference.energy, reference.logp - 0.3
     batch.advantages = methods.METHODS[settings.algo].advantages(settings, state, batch, rows)
-    batch.advantages = torch.where(batch.is_response, batch.advantages + torch.randn(batch.tokens.shape), 0.0)
+    noise = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(3))
+    batch.advantages = torch.where(batch.is_response, batch.advantages + noise, 0.0)
     batch.weights = token_weights(batch.energy, batch.is_action, batch.is_reasoning)
     return state, batch
 
@@ -275,18 +264,42 @@ def test_the_size_of_micro_batches_does_not_change_the_update(tiny, monkeypatch,
     assert metrics == pytest.approx(same, abs=1e-5)
 
 
-def test_the_update_is_equation_6_with_the_kl_and_entropy_terms_unweighted(tiny, monkeypatch):
-    settings = config(tiny, entropy_coef=0.05, kl_coef=0.2, kl_kind="k3")
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_update_is_equation_6_with_the_kl_and_entropy_terms_unweighted(tiny, monkeypatch, kind):
+    settings = config(tiny, entropy_coef=0.05, kl_coef=0.2, kl_kind=kind, temperature=0.7, clip_low=0.1, clip_high=0.4)
     state, batch = prepared(settings)
-    ours, _ = gradients(monkeypatch, settings, state, batch)
-    scores = train.score_tokens(state.policy, batch.tokens, batch.is_response)
+    far = 0.25 * (-1.0) ** torch.arange(batch.tokens.shape[1])  # ratios of 0.78, which is clipped below, and of 1.28
+    batch.old_logp = torch.where(batch.is_response, batch.old_logp + far, 0.0)
+    ours, metrics = gradients(monkeypatch, settings, state, batch)
+    scores = train.score_tokens(state.policy, batch.tokens, batch.is_response, 0.7)
     mask = batch.is_response
     log_ratio = (batch.ref_logp - scores.logp)[mask]
-    loss = policy_loss(scores.logp, batch.old_logp, batch.advantages, batch.weights)
-    loss = loss + 0.2 * (log_ratio.exp() - 1 - log_ratio).mean() - 0.05 * scores.entropy[mask].mean()
+    kl = {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": log_ratio.exp() - 1 - log_ratio}[kind]
+    loss = policy_loss(scores.logp, batch.old_logp, batch.advantages, batch.weights, 0.1, 0.4)
+    loss = loss + 0.2 * kl.mean() - 0.05 * scores.entropy[mask].mean()
+    low = mask & ((scores.logp - batch.old_logp).exp() < 0.9) & (batch.advantages < 0)
+    assert metrics["clip_fraction"] == int(low.sum()) / int(mask.sum()) > 0.1
     expected = torch.autograd.grad(loss, list(state.policy.parameters()))
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_rollouts_training_and_the_reference_share_one_temperature(tiny):
+    settings = config(tiny, temperature=0.7)
+    row, batch = train.iteration(settings, train.build_state(settings), 0)
+    assert row["logp_gap_max"] < 1e-4 and abs(row["kl_ref"]) < 1e-6
+    at_1 = train.score_batch(train.build_state(settings).reference, batch, config(tiny))
+    assert (batch.old_logp - at_1.logp).abs().max() > 0.1
+
+
+def test_policy_and_critic_have_their_own_rates_and_one_bound_on_the_gradient(tiny):
+    settings = config(tiny, algo="ppo", learning_rate=1e-3, critic_learning_rate=3e-3, max_grad_norm=1e-12)
+    state = train.build_state(settings)
+    assert [optimizer.param_groups[0]["lr"] for _, optimizer in state.learners] == [1e-3, 3e-3]
+    before = [weight.clone() for weight in state.policy.parameters()]
+    assert train.iteration(settings, state, 0)[0]["grad_norm"] > 1e-3  # before it is clipped
+    moved = max((one - two).abs().max() for one, two in zip(before, state.policy.parameters(), strict=True))
+    assert 0 < moved < 1e-6  # Adam's ε is larger than what is left of the gradient
 
 
 def test_what_is_logged_of_an_update_is_of_all_its_mini_batches(tiny, monkeypatch):
@@ -305,6 +318,7 @@ def test_what_is_logged_of_an_update_is_of_all_its_mini_batches(tiny, monkeypatc
     metrics = train.update(settings, state, batch)
     assert len(batch.returns) == 8 and (metrics["loss"], metrics["value_loss"], metrics["grad_norm"]) == (2.5, 6.5, 4.5)
     assert metrics["clip_fraction"] == 11 / int(batch.is_response.sum())
+    assert metrics["kl_ref"] == pytest.approx(math.exp(-0.3) - 1 + 0.3, abs=1e-4)  # π_ref is put 0.3 lower; 0.041
 
 
 def test_a_gap_that_is_no_number_is_not_logged_as_no_gap(tiny, monkeypatch):
@@ -399,15 +413,15 @@ def test_a_crash_in_the_middle_of_a_checkpoint_leaves_the_last_one_loadable(tiny
     assert find_checkpoint(tmp_path).name == "checkpoint-1" and not list(tmp_path.glob(".*"))
 
 
-def nan_losses(monkeypatch, which):
-    """The policy loss is NaN in these calls, from 1."""
-    calls = []
+def nan_losses(monkeypatch, which, name="policy_loss"):
+    """The policy's loss, or the critic's, is NaN in these calls, from 1."""
+    calls, honest = [], getattr(train, name)
 
     def loss(*arguments):
         calls.append(1)
-        return policy_loss(*arguments) * (float("nan") if len(calls) in which else 1)
+        return honest(*arguments) * (float("nan") if len(calls) in which else 1)
 
-    monkeypatch.setattr(train, "policy_loss", loss)
+    monkeypatch.setattr(train, name, loss)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0"),
@@ -432,13 +446,14 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
     assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("algo", ["grpo", "ppo"])
-def test_a_nan_is_skipped_and_counted_and_moves_no_weight(tiny, tmp_path, monkeypatch, algo):
-    nan_losses(monkeypatch, {2})
+@pytest.mark.parametrize("algo, which", [("grpo", "policy_loss"), ("ppo", "policy_loss"), ("ppo", "value_loss")])
+def test_a_nan_is_skipped_and_counted_and_moves_no_weight(tiny, tmp_path, monkeypatch, algo, which):
+    nan_losses(monkeypatch, {2}, which)
     folder = run(tiny, tmp_path / "run", algo=algo, max_steps=3, save_steps=1, micro_batch_tokens=10**6)
     rows = lines(folder / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 0]
-    assert [row["loss"] is None for row in rows] == [False, True, False] and "NaN" not in str(rows)
+    logged = which.removeprefix("policy_")  # the metric's name
+    assert [row[logged] is None for row in rows] == [False, True, False] and "NaN" not in str(rows)
     assert not same_weights(folder / "checkpoint-0", folder / "checkpoint-1")
     assert same_weights(folder / "checkpoint-1", folder / "checkpoint-2")
     assert not same_weights(folder / "checkpoint-2", folder / "checkpoint-3")
@@ -491,10 +506,11 @@ def test_a_starting_model_with_a_nan_is_refused_and_leaves_no_run_folder(tiny, t
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_are_nan_are_not_saved(tiny, tmp_path):
-    state = train.build_state(config(tiny))
+@pytest.mark.parametrize("which", ["policy", "critic"])
+def test_weights_that_are_nan_are_not_saved(tiny, tmp_path, which):
+    state = train.build_state(config(tiny, algo="ppo"))
     checkpoint.save(state, tmp_path)
-    state.policy.model.norm.weight.data[3] = float("nan")
+    next(getattr(state, which).parameters()).data[3] = float("nan")
     state.step = 1
     with pytest.raises(FloatingPointError, match="refusing"):
         checkpoint.save(state, tmp_path)

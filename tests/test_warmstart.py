@@ -149,6 +149,20 @@ def test_training_lowers_the_loss_and_follows_its_seed(tokenizer, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_the_warm_starts_loss_is_of_the_whole_step_however_it_is_cut(tokenizer, monkeypatch, capsys):
+    def one_step(cut):
+        monkeypatch.setattr(warmstart, "micro_batches", cut)
+        model = llama(len(tokenizer))
+        warmstart.train(model, tokenizer, [dict.fromkeys(GAMES, 1.0)], 0.01, 0, dict.fromkeys(GAMES, 2))
+        return float(re.search(r"loss (\S+)", capsys.readouterr().out)[1]), model
+
+    whole, ours = one_step(lambda lengths, _: [list(range(len(lengths)))])
+    pieces, theirs = one_step(lambda lengths, _: [[row] for row in range(len(lengths))])
+    assert whole == pytest.approx(pieces, abs=2e-4)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one.grad is None) and torch.allclose(one, other, atol=1e-4)
+
+
 @pytest.fixture(scope="module", params=GAMES)
 def episodes(request):
     """Settings and rollouts of the committed model at temperature 1."""

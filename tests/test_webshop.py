@@ -397,14 +397,14 @@ def test_the_shop_is_built_once_per_process():
 
 def test_a_step_costs_a_small_part_of_building_the_shop():
     catalogue.load_products.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     webshop.open_shop.__wrapped__(None)
-    build, env = time.perf_counter() - start, WebShop()
-    start, steps = time.perf_counter(), 0
+    build, env = time.process_time() - start, WebShop()
+    start, steps = time.process_time(), 0
     for seed in range(50):
         env.reset(seed)
         steps += len([env.step(action) for action in env.solve()])
-    assert (time.perf_counter() - start) / steps < build / 10
+    assert (time.process_time() - start) / steps < build / 10
 
 
 def test_words_are_those_of_lucenes_english_analysis():

@@ -1,7 +1,7 @@
 """A model small enough for tests: two layers of width 32 that learn the response format, and no strategy, in seconds.
 
 Test modules import the helpers and load the fixture with `pytest_plugins`, so that one session trains it once.
-PYTEST_DONT_REWRITE: nothing is asserted here.
+PYTEST_DONT_REWRITE: it is imported before pytest could.
 """
 
 import json
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import warmstart
+from checkpoint import STATE, find_checkpoint
 from config import Config
 from envs import Episode, make_env
 from policy import pad, score_tokens
@@ -98,3 +99,26 @@ def lines(path: Path):
     """Rows of a jsonl file without the seconds, which no two runs share."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("seconds_")} for row in rows]
+
+
+def weights(folder):
+    """A model folder's tensors by name."""
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, other):
+    """Whether two model folders agree to the last bit."""
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_run(one, other):
+    """Every number and every weight equal, to the last bit."""
+    assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
+    assert lines(one / "eval.jsonl") == lines(other / "eval.jsonl")
+    assert find_checkpoint(one).name == find_checkpoint(other).name
+    assert same_weights(find_checkpoint(one), find_checkpoint(other))
+    ours, theirs = (torch.load(find_checkpoint(path) / STATE, weights_only=True) for path in (one, other))
+    assert ours.keys() == theirs.keys() and ours["generator"].equal(theirs["generator"])
+    for name in set(ours) & {"critic"}:
+        assert all(torch.equal(ours[name][key], theirs[name][key]) for key in ours[name])
