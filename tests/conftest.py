@@ -13,8 +13,6 @@ torch.set_num_threads(1)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers that tests expect are those of a CPU, also where there is a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is refused at once, network or not,
 os.environ["HF_HUB_CACHE"] = os.devnull  # and also where the machine has that model
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a cluster's own; a test that wants ranks starts them
-    os.environ.pop(name, None)
 
 selected: dict[str, list[pytest.Item]] = {}  # function of the exercises → the tests that grade it
 reports: dict[str, pytest.TestReport] = {}
@@ -24,7 +22,9 @@ if os.environ.get("ACTFOCUS_MODULE"):  # somebody's own answers: only what grade
 
 
 def pytest_configure():
-    """Load the answers first, so that a mistake in their file is one line."""
+    """Load the answers first, so that a mistake in their file is one line; a cluster's own ranks reach no test."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # Careful: the ranks that a test starts import this file too
+        os.environ.pop(name, None)
     import graded  # noqa: F401
 
 
