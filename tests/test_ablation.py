@@ -128,8 +128,7 @@ def test_one_mini_batch_a_step_makes_both_statistics_the_same(tiny):
     torch.testing.assert_close(batch.weights, other.weights)
 
 
-@pytest.mark.parametrize("tag_weight", ["alpha", "one"])
-@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("signal, tag_weight", [*((signal, "alpha") for signal in SIGNALS), ("energy", "one")])
 def test_the_page_of_tokens_weighs_as_the_run_does(tiny, signal, tag_weight):
     settings = config(tiny, max_response_tokens=60, signal=signal, tag_weight=tag_weight)
     scene = viewer.stage(settings, tiny)

@@ -172,7 +172,8 @@ def test_a_finished_run_can_be_extended(finished, tmp_path):
     assert find_checkpoint(folder).name == "checkpoint-5"
 
 
-@pytest.mark.parametrize("lines_before", [0, 1, 3])
+@pytest.mark.parametrize("lines_before", [pytest.param(0, marks=pytest.mark.slow), 1,
+                                          pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("finished", ["grpo"], indirect=True)
 def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one(finished, tiny, tmp_path, lines_before):
     folder = tmp_path / "killed"
