@@ -150,6 +150,7 @@ def test_a_wrong_choice_is_one_line_and_code_2(tmp_path, capsys, name, wrong):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_all_three_resumes_bit_for_bit(tiny, tmp_path):
     flags = ["--signal", "logprob_shift", "--tag_weight", "one", "--weight_stats", "mini_batch"]
     arguments = ["--model", str(tiny), "--preset", "smoke", "--max_response_tokens", "24", "--mini_batch_size", "4"]

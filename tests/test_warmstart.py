@@ -186,6 +186,7 @@ def test_the_committed_model_wins_less_than_half_the_time(episodes):
     assert episodes[1][0]["success"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_committed_model_crosses_the_lake_more_often_than_chance():
     settings = train.Config()
     result, _ = train.evaluate_policy(settings, load_model(settings.model), load_tokenizer(settings.model))

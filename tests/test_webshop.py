@@ -375,6 +375,7 @@ def trace(data=None):
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_episode_in_any_process_and_after_other_games():
     def elsewhere(hash_seed):
         path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
