@@ -1,6 +1,5 @@
 """ablation.py and its flags: which signal, which tokens and which statistics the weights of Eq. (5) are made of."""
 
-
 import pytest
 import torch
 from tiny import assert_same_run, config
@@ -82,12 +81,17 @@ def test_by_default_the_signal_is_the_energy_and_the_weights_are_equation_5(tiny
     assert settings.alpha_beta == (0.1, 0.5)
 
 
+def written_out(signal, scores, batch):
+    """(19)-(22), by name."""
+    return {"energy": scores.energy, "entropy": scores.entropy, "policy_nll": -batch.old_logp,
+            "logprob_shift": batch.old_logp - scores.logp}[signal]
+
+
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_the_weights_follow_the_chosen_signal(tiny, signal):
     settings, _, batch, state = step(tiny, signal=signal)
     scores = train.score_batch(state.reference, batch, settings)
-    expected = {"energy": scores.energy, "entropy": scores.entropy, "policy_nll": -batch.old_logp,
-                "logprob_shift": batch.old_logp - scores.logp}[signal]
+    expected = written_out(signal, scores, batch)
     assert batch.weights.equal(token_weights(expected, batch.is_action, batch.is_reasoning))
     if signal != "logprob_shift":  # which is rounding only, while the policy is the reference
         assert batch.weights[batch.is_action].std() > 0.01
@@ -134,12 +138,13 @@ def test_the_page_of_tokens_weighs_as_the_run_does(tiny, signal, tag_weight):
     scene = viewer.stage(settings, tiny)
     batch = Batch.of(scene.rows)
     scores = train.score_batch(load_model(str(tiny)), batch, settings)
-    expected = {"energy": scores.energy, "entropy": scores.entropy, "policy_nll": -batch.old_logp,
-                "logprob_shift": batch.old_logp - scores.logp}[signal]
+    expected = written_out(signal, scores, batch)
     weights = token_weights(expected, batch.is_action, batch.is_reasoning)
     if tag_weight == "one":
         weights = torch.where(tag_mask("one", scene.rows, scene.tokenizer), 1.0, weights)
     assert scene.batch.weights.equal(weights)
+    plain = token_weights(scores.energy, batch.is_action, batch.is_reasoning)
+    assert weights.equal(plain) == ((signal, tag_weight) == ("energy", "alpha"))
 
 
 @pytest.mark.parametrize("name, wrong", [("signal", "surprise"), ("tag_weight", "2"), ("weight_stats", "epoch")])

@@ -46,6 +46,10 @@ def expectation(kind, pi=PI, ref=REF):
     return (pi * kl_estimate(pi.log(), ref.log(), kind)).sum().item()
 
 
+def test_the_exact_kl_is_the_one_derived_by_hand():
+    assert pytest.approx(0.368, abs=5e-4) == EXACT
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_k1_and_k3_have_the_exact_kl_as_their_mean(kind):
     assert expectation(kind) == pytest.approx(EXACT, abs=1e-6)

@@ -425,9 +425,11 @@ def nan_losses(monkeypatch, which, name="policy_loss"):
     monkeypatch.setattr(train, name, loss)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
-                                   pytest.param(RuntimeError("unexpected pos 64 vs 0"), marks=pytest.mark.slow),
-                                   pytest.param(SafetensorError("I/O error: No space left"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    pytest.param(RuntimeError("unexpected pos 64 vs 0"), marks=pytest.mark.slow),
+    pytest.param(SafetensorError("I/O error: No space left on device"), marks=pytest.mark.slow),
+])
 def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
     tiny, tmp_path, monkeypatch, capsys, error
 ):
