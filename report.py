@@ -89,7 +89,8 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
             parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
-    front = {"main": result_rows(members["main"])}
+    uniform = [run for run in members.get("rates", []) if run.config.weights == "uniform"]
+    front = {"main": result_rows({run.name: run for run in members["main"] + uniform}.values())}
     for page, tables in ((results / "README.md", parts), (results.parent / "README.md", front)):
         page.write_text(fill(page.read_text(encoding="utf-8"), tables, page), encoding="utf-8")
     return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
