@@ -15,7 +15,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +90,12 @@ class SearchIndex:
     def __init__(self, texts: dict[str, str]):
         self.asins = sorted(texts)
         documents = [Counter(STEMMER.stemWords(split_words(texts[asin]))) for asin in self.asins]
-        lengths = [document.total() for document in documents]
-        mean = max(sum(lengths) / len(lengths), 1)
-        norms = [K1 * (1 - B + B * stored_length(length) / mean) for length in lengths]
+        mean = max(sum(document.total() for document in documents) / len(documents), 1)
         postings = {}
         for row, document in enumerate(documents):
+            norm = K1 * (1 - B + B * stored_length(document.total()) / mean)
             for term, count in document.items():
-                postings.setdefault(term, []).append((row, count / (count + norms[row])))
+                postings.setdefault(term, []).append((row, count / (count + norm)))
         self.postings = {}
         for term, entries in postings.items():
             idf = np.log(1 + (len(texts) - len(entries) + 0.5) / (len(entries) + 0.5))
@@ -113,7 +111,6 @@ class SearchIndex:
         return [self.asins[row] for row in np.argsort(-scores, kind="stable")[:BEST] if scores[row] > 0]
 
 
-@cache
 def load_products(folder: str | None) -> tuple[dict[str, Product], SearchIndex]:
     """Products by ASIN and the search over them: of a folder in the official layout, or of the built-in shop.
 

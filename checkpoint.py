@@ -82,13 +82,10 @@ def provenance(model: Path, device: str = "cpu") -> dict:
 
 def weights_digest(model: Path) -> str | None:
     """The first 12 digits of the SHA-256 of a model folder's weights; None for a hub name."""
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
+    files, digest = sorted(model.glob("*.safetensors")), hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:12] if files else None
 
 
 def _commit() -> str:
@@ -112,39 +109,33 @@ def _cpu() -> str:
     return names[0].strip() if names else platform.processor() or "unknown"
 
 
-def save_checkpoint(
-    run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict
-) -> Path:
+def save(state: State, run: Path) -> None:
     """Write `checkpoint-{step}` so that a crash at any moment leaves the previous one loadable.
+
+    It holds everything that changes; levels need no generator, they follow from the step.
 
     Raises:
         FloatingPointError: a weight is not finite.   OSError: it cannot be written; nothing of it is left.
     """
-    weights = [*model.parameters(), *state.get("critic", {}).values()]
-    if not all(weight.isfinite().all() for weight in weights):
-        raise FloatingPointError(f"refusing to save NaN or infinite weights at step {step}")
-    final, temporary = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with becoming(final, temporary):
-        model.save_pretrained(temporary, state_dict=merged_weights(model) if "adapter" in state else None)
-        tokenizer.save_pretrained(temporary)
-        torch.save(state, temporary / STATE)
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # only there when an older checkpoint was resumed
-    _flush(run)
-    return final
-
-
-def save(state: State, run: Path) -> None:
-    """A checkpoint of everything that changes; levels need no generator, they follow from the step."""
     parts = {"optimizer": state.optimizer.state_dict(), "generator": state.generator.get_state(), "step": state.step,
              "skipped": state.skipped, "bad_steps": state.bad_steps}
     if isinstance(state.reference, AdapterOff):
         parts["adapter"] = _adapter(state.policy)
     if state.critic:
         parts |= {"critic": state.critic.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict()}
-    save_checkpoint(run, state.step, state.policy, state.tokenizer, parts)
+    weights = [*state.policy.parameters(), *parts.get("critic", {}).values()]
+    if not all(weight.isfinite().all() for weight in weights):
+        raise FloatingPointError(f"refusing to save NaN or infinite weights at step {state.step}")
+    final, temporary = run / f"checkpoint-{state.step}", run / f".checkpoint-{state.step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with becoming(final, temporary):
+        state.policy.save_pretrained(temporary, state_dict=merged_weights(state.policy) if "adapter" in parts else None)
+        state.tokenizer.save_pretrained(temporary)
+        torch.save(parts, temporary / STATE)
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # only there when an older checkpoint was resumed
+    _flush(run)
 
 
 def restore(state: State, path: Path) -> None:

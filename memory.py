@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import parallel
 from config import CRITIC, Config
 from lora import add_lora
-from policy import CHUNK, LOGITS, load_config, trainable
+from policy import CHUNK, LOGITS, load_config
 
 COPIES = 6  # of a chunk's logits at one time in its backward pass; measured
 EVALUATED = 256  # rollouts of an evaluation that share a cache
@@ -26,10 +26,10 @@ def estimate(config: Config, name: str) -> dict[str, int]:
     about = load_config(name)
     with torch.device("meta"):  # the network without its numbers
         model = AutoModelForCausalLM.from_config(about, dtype=torch.float32)
-    weights, body = _count(model.parameters()), _count(model.base_model.parameters())
+    weights, body = model.num_parameters(), model.base_model.num_parameters()
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    learning, adapter = _count(trainable(model)), _count(model.parameters()) - weights
+    learning, adapter = model.num_parameters(only_trainable=True), model.num_parameters() - weights
     head = about.get_text_config().hidden_size + 1
     parts = {"weights": 4 * (weights + adapter), "optimiser": 12 * learning,
              "reference": 0 if adapter else 4 * weights}
@@ -37,7 +37,7 @@ def estimate(config: Config, name: str) -> dict[str, int]:
         parts["critic"] = 4 * (body + adapter + head) + 12 * ((adapter or body) + head)
     kept, rounded = _activations(config, about.get_text_config()), 2 * weights * (config.dtype == "bfloat16")
     vocabulary = about.get_text_config().vocab_size
-    chunk = min(CHUNK, max(1, LOGITS // vocabulary), config.micro_batch_tokens)
+    chunk = min(CHUNK, max(1, LOGITS // vocabulary), max(config.micro_batch_tokens, config.max_context))
     return parts | {"cache": _cache(config, about.get_text_config()), "activations": kept + rounded,
                     "logits": 4 * vocabulary * COPIES * chunk}
 
@@ -54,33 +54,26 @@ def _cache(config: Config, shape) -> int:
     """Keys and values of all rollouts at once, at their longest."""
     trained = config.num_prompts // parallel.ranks() * config.num_generations
     evaluated = min(max(1, EVALUATED // config.eval_samples), config.eval_prompts) * config.eval_samples
-    _, keys = _widths(shape)
-    return 2 * _bytes(config) * shape.num_hidden_layers * keys * max(trained, evaluated) * config.max_context
+    size, (_, keys) = getattr(torch, config.dtype).itemsize, _widths(shape)
+    return 2 * size * shape.num_hidden_layers * keys * max(trained, evaluated) * config.max_context
 
 
 def _activations(config: Config, shape) -> int:
     """What a forward pass keeps for backward; with gradient checkpointing every layer's input and one layer's own."""
-    queries, keys = _widths(shape)
+    (queries, keys), size = _widths(shape), getattr(torch, config.dtype).itemsize
+    tokens = max(config.micro_batch_tokens, config.max_context)  # a longer trajectory is a pass of its own
     inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    layer = (shape.hidden_size * (24 if _bytes(config) == 4 else 26) + 4 * shape.num_attention_heads + 8
-             + _bytes(config) * (2 * queries + 2 * keys + 4 * inner))
+    layer = (shape.hidden_size * (24 if size == 4 else 26) + 4 * shape.num_attention_heads + 8
+             + size * (2 * queries + 2 * keys + 4 * inner))
     if config.gradient_checkpointing:
-        return config.micro_batch_tokens * (4 * shape.hidden_size * shape.num_hidden_layers + layer)
-    return config.micro_batch_tokens * shape.num_hidden_layers * layer
+        return tokens * (4 * shape.hidden_size * shape.num_hidden_layers + layer)
+    return tokens * shape.num_hidden_layers * layer
 
 
 def _widths(shape) -> tuple[int, int]:
     heads = shape.num_attention_heads
     head = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     return heads * head, (getattr(shape, "num_key_value_heads", None) or heads) * head
-
-
-def _bytes(config: Config) -> int:
-    return 2 if config.dtype == "bfloat16" else 4
-
-
-def _count(weights) -> int:
-    return sum(weight.numel() for weight in weights)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -7,7 +7,6 @@
 
 import hashlib
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -97,10 +96,12 @@ def dry_run(config: Config) -> None:
     tokenizer = load_tokenizer(name)
     check_prompts(config, tokenizer)
     print(memory_line(config, name))
-    print("a level of several turns: ·token·token·, ⟦action token⟧; everything else of a response is reasoning")
+    print("an episode: ·token·token·, ⟦action token⟧; everything else of a response is reasoning")
     played = (warmstart.transcript(config.env, level, 1.0, tokenizer, build_env(config), config.prompt_style)
-              for level in count())
-    for text, is_response in next(parts for parts in played if len(parts) > 2):
+              for level in range(100))
+    first = next(played)
+    several = first if len(first) > 2 else next((parts for parts in played if len(parts) > 2), first)
+    for text, is_response in several:  # turns, where a level has them
         ids = tokenizer.encode(text, add_special_tokens=False)
         pieces = token_pieces(tokenizer, ids)
         if not is_response:

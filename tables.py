@@ -46,7 +46,7 @@ class Run:
 
     name: str
     config: Config
-    about: dict  # commit, versions, hardware, digest of the first weights
+    about: dict  # config.json: commit, versions, hardware, digest of the first weights
     evaluations: list[dict]
     metrics: list[dict]
     failure: str  # why it broke down; "" if it did not
@@ -62,10 +62,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A run folder as `Run`."""
-    config = of_run(folder)
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     reason = folder / "failure.txt"
-    return Run(folder.name, config, {name: value for name, value in about.items() if name != "config"},
+    return Run(folder.name, of_run(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")),
                checkpoint.read_lines(folder / "eval.jsonl"), checkpoint.read_lines(folder / "metrics.jsonl"),
                reason.read_text(encoding="utf-8").strip() if reason.exists() else "")
 
@@ -79,8 +77,7 @@ def measures(run: Run, ceiling: float) -> dict[str, float | None]:
     reached = steps[success >= 0.8 * ceiling]
     area = float(np.trapezoid(success, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(success[0])
     return {"before": float(success[0]), "final": float(success[-1]), "rollouts": late_success(run),
-            "peak": float(success.max()),
-            "decay": float(success.max() - success[-1]), "area": area,
+            "peak": float(success.max()), "decay": float(success.max() - success[-1]), "area": area,
             "to_80": int(reached[0]) if len(reached) else None}
 
 
@@ -139,8 +136,7 @@ def floor_and_ceiling(config: Config, table: Path) -> tuple[float, float]:
             result = evaluate_player(config, player)
             append_rows(table, [{"env": config.env, "player": name, "purchased": None, **result, "settings": key}])
             known[config.env, name, key] = result["success"]
-    floor, ceiling = (known[config.env, name, key] for name in players)
-    return floor, ceiling
+    return tuple(known[config.env, name, key] for name in players)
 
 
 def run_row(run: Run, floors: Path) -> dict:

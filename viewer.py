@@ -90,7 +90,7 @@ def write_page(path: Path, sides: Sequence[tuple[Config, Path]]) -> int:
     """Write the page of one model or of several beside each other; returns its size in bytes."""
     if path.suffix != ".html" or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--html {path}: must be a file that ends in .html, in a folder that exists")
-    games = [f"{config.env} {env_options(config)}" for config, _ in sides]
+    games = [f"{config.env} {env_options(config)} from {config.eval_first}" for config, _ in sides]
     if games[0] != games[-1]:
         raise ValueError(f"--beside {sides[-1][1]}: its levels are not the same ({games[-1]} and {games[0]})")
     return path.write_bytes(build_page([stage(config, folder) for config, folder in sides]))
@@ -109,7 +109,8 @@ def build_page(scenes: Sequence[Scene]) -> bytes:
             episodes += _episode(scene, level * size + int(order.indices[end]), f"{name} of {size}")
             heads += _head(scene, order.values.tolist()) if end == 0 else ""
     panel = "".join(f"<div><dt>{name}</dt><dd>–</dd></div>" for name in COLUMNS)
-    title = _text(f"{scenes[0].config.env}, level {level}: {' beside '.join(str(scene.folder) for scene in scenes)}")
+    config, folders = scenes[0].config, " beside ".join(str(scene.folder) for scene in scenes)
+    title = _text(f"{config.env}, level {config.eval_first + level}: {folders}")
     parts = dict(title=title, style=_style(), heads=heads, episodes=episodes, panel=panel, script=SCRIPT)
     return PAGE.substitute(parts).encode("utf-8", errors="replace")
 

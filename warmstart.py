@@ -59,7 +59,7 @@ ACTION_WEIGHT = 5.0  # an action token counts this much more than a reasoning to
 ROWS = {"frozenlake": 12, "sokoban": 12, "sudoku": 10, "webshop": 6}  # transcripts a step; WebShop's are long and easy
 ROWS_OF_ONE, SKILL_OF_ONE = 8, 0.4  # transcripts a step, and their players, where a model learns one game only
 COMMITTED = {"frozenlake": "I go", "sokoban": "I go", "sudoku": "I put"}  # how a thought begins to name its moves
-COMMITTED_STEPS = (300, 300)  # optimal moves, so that the thought learns to choose; then the last skills of STAGES
+COMMITTED_STEPS = 300  # each: optimal moves, so that the thought learns to choose; then the last skills of STAGES
 PLAIN = SimpleNamespace(chat_template=None)  # turns are lines
 # A coordinate, a map's cell, a word: one token each.
 WORD = r" ?\[\d\]| ?\d,\d| ?\(\d+, \d+\)| ?[A-Z]?[a-z]+| ?[A-Z]| ?\|\|| ?\d| ?[^\sA-Za-z0-9]|\s"
@@ -104,9 +104,9 @@ def reasoning(game: str, env: Env, rng: np.random.Generator) -> str:
 
 def _frozenlake_facts(env: Env, rng: np.random.Generator) -> list[str]:
     standing = str(rng.choice(["I stand at", "I am now at", "My place is"]))
-    return [f"{standing} {env.player}.",
-            f"{_where('The goal', env.player, env.goal, rng)}",
-            f"{_count(len(env.holes))} to keep in mind."]
+    holes = "There is one hole" if len(env.holes) == 1 else f"There are {len(env.holes)} holes"
+    return [f"{standing} {env.player}.", _where("The goal", env.player, env.goal, rng),
+            f"{holes} to keep in mind."]
 
 
 def _sokoban_facts(env: Env, rng: np.random.Generator) -> list[str]:
@@ -130,10 +130,6 @@ def _webshop_facts(env: Env, rng: np.random.Generator) -> list[str]:
     if page.name == "item":
         facts[0] = f"So far I chose {', '.join(value for _, value in page.chosen) or 'nothing'}."
     return facts
-
-
-def _count(holes: int) -> str:
-    return "There is one hole" if holes == 1 else f"There are {holes} holes"
 
 
 def _where(name: str, origin: Cell, place: Cell, rng: np.random.Generator, other: str = "me") -> str:
@@ -203,19 +199,17 @@ def commit_tiny(folder: Path, seed: int, shrink: int) -> None:
     """Continue models/tiny on `committed` transcripts, and save it as `folder`."""
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
     learning_rate, phases = STAGES[-1]
-    soft = dict(zip(GAMES, phases[-1][1], strict=True))
-    skills = [skill for steps, skill in zip(COMMITTED_STEPS, (dict.fromkeys(GAMES, 1.0), soft), strict=True)
-              for _ in range(max(1, steps // shrink))]
+    skills = [skill for skill in (dict.fromkeys(GAMES, 1.0), dict(zip(GAMES, phases[-1][1], strict=True)))
+              for _ in range(max(1, COMMITTED_STEPS // shrink))]
     rows = {game: ROWS[game] for game in COMMITTED}
     train(model, tokenizer, skills, learning_rate, 1000 + seed, rows, write=committed)
-    for part in (model, tokenizer):
-        part.save_pretrained(folder)
+    save_whole(folder, model, tokenizer)
 
 
 def _wander(episode: Episode, rng: np.random.Generator) -> None:
     """Random moves before the first turn; taken back if they end the episode or spoil it."""
     env, moves = episode.env, rng.integers(6)
-    for _ in range(moves):
+    for _ in range(min(moves, env.max_actions)):
         episode.observation, *_ = env.step(str(rng.choice(env.actions)))
     if not env.solve():
         episode.observation, _ = env.reset(episode.seed)

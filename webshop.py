@@ -7,7 +7,7 @@ no server, no spaCy. Same interface as the games in `envs.py`, but the legal act
 
 `WebShop(data=FOLDER)` reads the official files, `WebShop()` a small shop of ours; `catalogue.py` holds both. Goals are
 shuffled as in the original: 0-499 test, 500-1,499 validation, the rest training; for smaller shops see `split_goals`.
-Seeds below 1,000,000 pick test goals and all others training goals, unless `split` is given: number seed mod n.
+Seeds below 1,000,000 pick test goals and all others training goals: number seed mod n.
 
     python envs.py --env webshop --seed 3
 
@@ -29,7 +29,6 @@ from rapidfuzz import fuzz, utils
 from catalogue import BEST, Product, SearchIndex, load_products
 
 FIRST_TRAIN_SEED = 1_000_000  # of all games: evaluation levels lie below, the warm start's far above
-SPLITS = ("by seed", "test", "validation", "train")
 SUB_PAGES = ("description", "features", "reviews")
 COLORS = (  # searched in this order: light blue and dark blue are blue, but dark green is dark
     "apricot aqua ash azure beige black blue blush bordeaux bronze brown burgundy camel camo caramel champagne "
@@ -179,35 +178,27 @@ class WebShop:
     brief = "WebShop: search, open a product, choose options, buy."
 
     def __init__(
-        self,
-        data: str | Path | None = None,
-        split: str = "by seed",
-        results_per_page: int = 10,
-        title_words: int = 0,
-        strict: bool = False,
+        self, data: str | Path | None = None, results_per_page: int = 10, title_words: int = 0, strict: bool = False,
         short_pages: bool = False,
     ):
-        if split not in SPLITS or results_per_page < 1 or title_words < 0:
-            raise ValueError(
-                f"webshop needs split in {', '.join(SPLITS)}, results_per_page >= 1 and title_words >= 0, got "
-                f"{split!r}, {results_per_page}, {title_words}"
-            )
-        self.split, self.results_per_page, self.title_words, self.strict = split, results_per_page, title_words, strict
-        self.short_pages = short_pages
+        if results_per_page < 1 or title_words < 0:
+            raise ValueError(f"webshop needs results_per_page >= 1 and title_words >= 0, got {results_per_page}, "
+                             f"{title_words}")
+        self.results_per_page, self.title_words = results_per_page, title_words
+        self.strict, self.short_pages = strict, short_pages
         self.products, self.index, self.goals = open_shop(str(Path(data).resolve()) if data else None)
         self.parts = split_goals(self.goals)
 
     def reset(self, seed: int, replica: int = 0) -> tuple[str, dict]:
-        """Goal number `seed` of the split, round and round. Nothing is left to luck, so the replica changes nothing."""
+        """Goal number `seed`, round and round. Nothing is left to luck, so the replica changes nothing."""
         goals = self.goals_of(seed)
         self.goal = goals[seed % len(goals)]
         self.page, self.actions_left = Page(), self.max_actions
         return self._observe(), {"success": False, "valid": True, "purchased": False, "score": 0.0}
 
     def goals_of(self, seed: int) -> list[Goal]:
-        """The goals among which a level's seed chooses; by seed, evaluation and training have different ones."""
-        by_seed = "test" if seed < FIRST_TRAIN_SEED else "train"
-        return self.parts[by_seed if self.split == "by seed" else self.split]
+        """The goals among which a level's seed chooses; evaluation and training have different ones."""
+        return self.parts["test" if seed < FIRST_TRAIN_SEED else "train"]
 
     def reseed(self, replica: int) -> None:
         """Other luck from here on: there is none."""
@@ -225,10 +216,6 @@ class WebShop:
             reward = (float(score == 1) if self.strict else score) * valid
         info = {"success": score == 1, "valid": valid, "purchased": bought, "score": score}
         return self._observe(), reward, bought, not bought and self.actions_left <= 0, info
-
-    def search(self, query: str) -> list[str]:
-        """ASINs of the best 50, best first."""
-        return self.index.search(query)
 
     def legal_actions(self) -> list[str]:
         """The page's clicks; on the search page, of all the searches the one for the instruction."""
@@ -294,20 +281,17 @@ class WebShop:
             return None
         if words == "back to search":
             return Page()
+        if page.name == "results" and words in ("next >", "< prev"):
+            return replace(page, number=page.number + (1 if words == "next >" else -1))
         if page.name == "results":
-            return self._leave_results(page, words)
+            asin = next(asin for asin in self._shown(page) if asin.lower() == words)
+            return replace(page, name="item", asin=asin)
         if words == "< prev":
             return Page("results", page.found, page.number) if page.name == "item" else replace(page, name="item")
         if words in SUB_PAGES or words == "buy now":
             return replace(page, name="bought" if words == "buy now" else words)
         group = [name for name, values in self.products[page.asin].options.items() if words in values][-1]
         return replace(page, chosen=tuple((dict(page.chosen) | {group: words}).items()))
-
-    def _leave_results(self, page: Page, button: str) -> Page:
-        if button in ("next >", "< prev"):
-            return replace(page, number=page.number + (1 if button == "next >" else -1))
-        asin = next(asin for asin in self._shown(page) if asin.lower() == button)
-        return replace(page, name="item", asin=asin)
 
     def _observe(self) -> str:
         page = self.page
@@ -316,7 +300,7 @@ class WebShop:
         if self.short_pages:
             return self._short_page(page)
         actions = self.moves.split(", ")[0] if page.name == "search" else ", ".join(self.legal_actions())
-        texts = {"search": self._search_texts, "results": self._result_texts, "item": self._item_texts}
+        texts = {"search": lambda _: ["Search"], "results": self._result_texts, "item": self._item_texts}
         shown = ["Instruction:", self.goal.text, *texts.get(page.name, self._sub_page_texts)(page)]
         return " [SEP] ".join(shown) + f"\nActions: {actions}"
 
@@ -336,9 +320,6 @@ class WebShop:
         values = {value for group in item.options.values() for value in group}
         return "\n".join([f"{self._title(page.asin).lower()} {item.price_tag}", *lines,
                           ", ".join(button for button in buttons if button not in values)])
-
-    def _search_texts(self, page: Page) -> list[str]:
-        return ["Search"]
 
     def _result_texts(self, page: Page) -> list[str]:
         turns = [button for button in ("< Prev", "Next >") if button.lower() in self._buttons(page)]

@@ -30,26 +30,27 @@ def fifty(tmp_path_factory):
 
 
 SIZE = {"num_prompts": 2, "num_generations": 4, "mini_batch_size": 8, "eval_prompts": 2, "eval_samples": 2,
-        "max_context": 512, "micro_batch_tokens": 100}
+        "max_context": 512, "micro_batch_tokens": 600}
 # embeddings 50 · 32 = 1,600; a layer 4 · 32² + 3 · 32 · 64 + 2 · 32 = 10,304, two of them; last norm 32
 WEIGHTS = 1_600 + 2 * 10_304 + 32
 # keys and values of 8 rollouts, 512 positions, 2 layers, width 32, 4 bytes
 CACHE = 2 * 8 * 512 * 2 * 32 * 4
-# a layer's a token: 24 · 32 + 4 · (2 · 32 + 2 · 32 + 4 · 64) + 4 · 2 + 8 = 2,320; 100 tokens, 2 layers
-KEPT = 100 * 2 * 2_320
+# a layer's a token: 24 · 32 + 4 · (2 · 32 + 2 · 32 + 4 · 64) + 4 · 2 + 8 = 2,320; 600 tokens, 2 layers
+KEPT = 600 * 2 * 2_320
 
 
 @pytest.mark.parametrize("options, expected", [
     ({}, {"weights": 4 * WEIGHTS, "optimiser": 12 * WEIGHTS, "reference": 4 * WEIGHTS, "cache": CACHE,
-          "activations": KEPT, "logits": 4 * 50 * 6 * 100}),
+          "activations": KEPT, "logits": 4 * 50 * 6 * 600}),
     ({"algo": "ppo"}, {"critic": 16 * (WEIGHTS + 33)}),  # the head: 32 weights and a bias
     ({"max_context": 1024, "num_prompts": 4}, {"cache": 4 * CACHE}),
     ({"eval_prompts": 64, "eval_samples": 2}, {"cache": 16 * CACHE}),  # 128 rollouts of an evaluation at once
     ({"dtype": "bfloat16"}, {"cache": CACHE // 2, "weights": 4 * WEIGHTS,
                              # 26 · 32 + 2 · 384 + 16 = 1,616 a token and layer, and the weights rounded to 2 bytes
-                             "activations": 100 * 2 * 1_616 + 2 * WEIGHTS}),
-    ({"gradient_checkpointing": True}, {"activations": 100 * (2 * 4 * 32 + 2_320)}),
+                             "activations": 600 * 2 * 1_616 + 2 * WEIGHTS}),
+    ({"gradient_checkpointing": True}, {"activations": 600 * (2 * 4 * 32 + 2_320)}),
     ({"micro_batch_tokens": 10_000}, {"logits": 4 * 50 * 6 * 2048}),
+    ({"micro_batch_tokens": 100}, {"activations": 512 * 2 * 2_320, "logits": 4 * 50 * 6 * 512}),  # one long trajectory
 ])
 def test_the_estimate_equals_numbers_worked_out_by_hand(fifty, options, expected):
     parts = memory.estimate(Config(**SIZE | options), str(fifty))
@@ -82,7 +83,7 @@ def test_activations_are_what_torch_keeps(dtype):
 
     # differences leave out what does not grow with layers and tokens: embeddings, rotary tables, rounded weights
     here = [kept(layers, tokens)[0] for layers in (3, 2) for tokens in (256, 128)]
-    settings = Config(dtype=dtype, micro_batch_tokens=128)
+    settings = Config(dtype=dtype, micro_batch_tokens=128, max_context=128)
     assert here[0] - here[1] - here[2] + here[3] == memory._activations(settings, kept(1, 2)[1])
 
 
@@ -150,6 +151,11 @@ def test_a_dry_run_shows_settings_prompt_and_classes_and_writes_nothing(
         wanted = re.fullmatch(r"<think>.*</think><answer>(.*)</answer>", whole)[1]
         assert action.replace(" ", "") == wanted.replace(" ", "")
     assert any(answer in re.sub("[·⟦⟧]", "", response) for response in responses) and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_one_turn_where_no_level_has_more(tiny, capsys):
+    assert train.main([*flags(model=tiny, max_turns=1), "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("--- response") == 1
 
 
 def test_a_dry_run_uses_the_chat_template(tiny, tmp_path, capsys):

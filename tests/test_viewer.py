@@ -18,6 +18,7 @@ import viewer
 import warmstart
 from actfocus import group_advantages, token_weights, whiten
 from baselines import overlong_penalty
+from config import Config
 from rollout import token_pieces
 
 pytest_plugins = ["tiny"]
@@ -256,6 +257,13 @@ def test_two_models_stand_beside_each_other_on_one_level(runs, tiny, tmp_path, c
         f"{runs['grpo']}/checkpoint-2", str(tiny)] * 2
 
 
+def test_a_page_names_the_level_by_its_seed(tiny):
+    small = dict(eval_first=7, num_prompts=1, num_generations=2, mini_batch_size=2, max_turns=1)
+    scene = viewer.stage(Config(**small, model=str(tiny)), tiny)
+    assert f"<h1>frozenlake, level {scene.rows[0].episode.seed}: " in viewer.build_page([scene]).decode()
+    assert scene.rows[0].episode.seed == 7
+
+
 def test_the_terminal_lists_the_same_numbers(runs, tiny, capsys):
     assert evaluate.main([str(runs["grpo"]), "--show_tokens", *SHORT]) == 0
     rows = re.findall(r"^ +(\d) +(-\d+\.\d\d) +(1\.\d\d) +([+-]\d\.\d\d)  (\S+)$", capsys.readouterr().out, re.M)
@@ -268,6 +276,9 @@ def test_the_terminal_lists_the_same_numbers(runs, tiny, capsys):
     assert f"advantages not shown: ppo computes them from a critic, and {tiny} has none saved" in out
 
 
+OTHER_LEVELS = {"OTHER": {"success_rate": 0.5}, "ELSEWHERE": {"eval_first": 1000}}
+
+
 @pytest.mark.parametrize("arguments, part", [
     (["MODEL", "--html", "nowhere/page.html"], "--html nowhere/page.html: must be a file that ends in .html"),
     (["MODEL", "--html", "MODEL"], "must be a file"),
@@ -275,21 +286,22 @@ def test_the_terminal_lists_the_same_numbers(runs, tiny, capsys):
     (["MODEL", "--html"], "--html"),
     (["MODEL", "--beside", "MODEL"], "--beside: needs --html"),
     (["RUN", "--html", "page.html", "--beside", "OTHER"], "its levels are not the same"),
+    (["RUN", "--html", "page.html", "--beside", "ELSEWHERE"], "its levels are not the same"),
     (["MODEL", "--html", "page.html", "--beside", "models/nope"], "models/nope"),
     (["MODEL", "--html", "page.html", "--model", "STRANGER"], "whose tokenizer is another"),
 ])
 def test_a_mistake_is_one_line_and_code_2_and_writes_nothing(runs, tiny, tmp_path, capsys, arguments, part):
     other, stranger = tmp_path / "other", tmp_path / "stranger"
-    if "OTHER" in arguments:
+    if changed := OTHER_LEVELS.get(arguments[-1]):
         shutil.copytree(runs["grpo"], other)
         about = json.loads((other / "config.json").read_text())
-        about["config"]["success_rate"] = 0.5
+        about["config"] |= changed
         (other / "config.json").write_text(json.dumps(about))
     if "STRANGER" in arguments:
         tokenizer = warmstart.build_tokenizer(["another text altogether"], vocab_size=300)
         tokenizer.save_pretrained(stranger)
         llama(len(tokenizer)).save_pretrained(stranger)
-    words = {"MODEL": tiny, "RUN": runs["grpo"], "OTHER": other, "STRANGER": stranger}
+    words = {"MODEL": tiny, "RUN": runs["grpo"], "STRANGER": stranger, **dict.fromkeys(OTHER_LEVELS, other)}
     capsys.readouterr()
     short = SHORT if "RUN" not in arguments else []
     assert evaluate.main([str(words.get(word, word)) for word in arguments] + short) == 2

@@ -49,6 +49,13 @@ def test_every_response_names_moves_and_no_more_than_a_turn_has(game, responses)
         assert all(re.fullmatch(MOVES[game], move) for move in moves)
 
 
+def test_a_player_with_a_single_move_is_not_led_further_from_the_start_than_that():
+    env = make_env("frozenlake")
+    env.max_actions = 1
+    for seed in range(30):  # up to five random moves would leave fewer than none
+        assert transcript("frozenlake", seed, 0.5, env=env)
+
+
 def test_nearly_all_response_tokens_stand_inside_the_thought(responses, tokenizer):
     inside = total = actions = 0
     for text in responses:
