@@ -174,10 +174,22 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the last whole one of a run folder."""
     if (path / STATE).is_file():
         return path
-    found = [p for p in path.glob("checkpoint-[0-9]*") if (p / STATE).is_file()]
+    found = {step: folder for step, folder in checkpoints(path).items() if (folder / STATE).is_file()}
     if not found:
         raise ValueError(f"no complete checkpoint in {str(path)!r}: expected a run folder or a checkpoint-N inside one")
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return found[max(found)]
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Folders of checkpoints by their step; a copy under another name, as checkpoint-30-old, is none."""
+    folders = run.glob("checkpoint-[0-9]*")
+    return {int(path.name[11:]): path for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)}
+
+
+def update_config(run: Path, settings: dict) -> None:
+    """Keep what a resumed run was given, or the next resume would not know of it."""
+    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    _replace(run / "config.json", json.dumps({**about, "config": settings}, indent=2) + "\n")
 
 
 def read_config(run: Path) -> dict:
@@ -204,15 +216,20 @@ def read_lines(path: Path) -> list[dict]:
 
 def forget_later(run: Path, step: int) -> None:
     """Drop the checkpoints and the lines after `step`: a run that resumes there will write them again."""
-    for path in run.glob("checkpoint-[0-9]*"):
-        if int(path.name.rpartition("-")[2]) > step:
+    for later, path in checkpoints(run).items():
+        if later > step:
             shutil.rmtree(path)
     for path in (run / "metrics.jsonl", run / "eval.jsonl"):
         if path.exists():
             kept = [row for row in read_lines(path) if row["step"] <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """A new text of a file, whole at any moment."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _flush(path: Path) -> None:

@@ -27,7 +27,7 @@ from actfocus import answer_span, token_weights
 from config import Config
 from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman, spearman
 from methods import count_levels, make_episodes, rollout_settings
-from policy import load_model, load_tokenizer, pad, pick_device, precision
+from policy import load_model, load_tokenizer, pad, pick_device, precision, shared_tokenizer
 from rollout import Batch, Trajectory, rollout, token_pieces
 from tables import append_rows
 from train import score_batch
@@ -44,7 +44,7 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
     The policy's log-probs are computed as the reference's are, so that a policy that is the reference has a shift of
     exactly 0; those of the rollout differ in the last bits, and ranks would take that for a signal.
     """
-    device, tokenizer, chunk = pick_device(config.device), load_tokenizer(str(folder)), 16
+    device, tokenizer, chunk = pick_device(config.device), shared_tokenizer(str(folder), config.model), 16
     policy, reference = (load_model(name, device) for name in (str(folder), config.model))
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for first in range(0, prompts, chunk):
@@ -108,7 +108,7 @@ def diagnose(config: Config, folder: Path, table: Path | None) -> None:
     named, kept = commitments(rows, load_tokenizer(str(folder)), config.env)
     masks = batch.is_action, batch.is_reasoning, batch.is_response, named
     found = correlations(signals, masks, batch.returns, success, ROLLOUTS)
-    of_run = folder.name.startswith("checkpoint-")
+    of_run = re.fullmatch(r"checkpoint-[0-9]+", folder.name)
     about = {
         "model": folder.parent.name if of_run else folder.name, "env": config.env,
         "step": int(folder.name.removeprefix("checkpoint-")) if of_run else 0, "seed": config.seed,

@@ -252,12 +252,13 @@ class FrozenLake:
         """All actions that are best with the actions left: finite-horizon value iteration, 0.99 a step."""
         if self.values is None:
             self.values = self._action_values()
-        q = self.values[self.actions_left, self.player[0] * self.size + self.player[1]]
+        q = self.values[min(self.actions_left, len(self.values) - 1), self.player[0] * self.size + self.player[1]]
         return [a for a, value in zip(self.actions, q, strict=True) if q.max() > 0 and value > q.max() - 1e-9]
 
     def solve(self, choose: Choice = first) -> list[str]:
         """Best actions from here as long as every move goes where it was meant to; `choose` as in Sokoban."""
         start, left, plan = self.player, self.actions_left, []
+        self.actions_left = min(left, self._horizon())
         while self.player not in self.holes | {self.goal} and self.actions_left and (best := self.best_actions()):
             plan.append(choose(best))
             row, column = _add(self.player, STEPS[plan[-1]])
@@ -268,14 +269,17 @@ class FrozenLake:
 
     def _action_values(self) -> np.ndarray:
         """q[actions left, state, action] from Gymnasium's transition table."""
-        states = self.size**2
-        q = np.zeros((self.max_actions + 1, states, 4))
-        for left in range(1, self.max_actions + 1):
+        q = np.zeros((self._horizon() + 1, self.size**2, 4))
+        for left in range(1, len(q)):
             future = 0.99 * q[left - 1].max(1)
             for state, by_action in self.lake.P.items():
                 for action, outcomes in by_action.items():
                     q[left, state, action] = sum(p * (r + future[s] * (not end)) for p, s, r, end in outcomes)
         return q
+
+    def _horizon(self) -> int:
+        """How many actions an episode can have; of more than 1,000 the first ones are the same."""
+        return min(self.max_actions, self.max_turns * self.actions_per_turn, 1000)
 
     def _goal_is_reachable(self) -> bool:
         seen, queue = {self.start}, [self.start]

@@ -10,12 +10,11 @@ Llama or Qwen2 with fused attention. Bytes throughout; MB = 10⁶. Libraries (a 
 """
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import parallel
 from config import CRITIC, Config
 from lora import add_lora
-from policy import CHUNK, LOGITS, load_config
+from policy import CHUNK, LOGITS, outline
 
 COPIES = 6  # of a chunk's logits at one time in its backward pass; measured
 EVALUATED = 256  # rollouts of an evaluation that share a cache
@@ -23,23 +22,21 @@ EVALUATED = 256  # rollouts of an evaluation that share a cache
 
 def estimate(config: Config, name: str) -> dict[str, int]:
     """Bytes by part for the model `name` (a folder or a hub name, of which only config.json is read)."""
-    about = load_config(name)
-    with torch.device("meta"):  # the network without its numbers
-        model = AutoModelForCausalLM.from_config(about, dtype=torch.float32)
+    model = outline(name)
+    shape = model.config.get_text_config()
     weights, body = model.num_parameters(), model.base_model.num_parameters()
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
     learning, adapter = model.num_parameters(only_trainable=True), model.num_parameters() - weights
-    head = about.get_text_config().hidden_size + 1
+    head = shape.hidden_size + 1
     parts = {"weights": 4 * (weights + adapter), "optimiser": 12 * learning,
              "reference": 0 if adapter else 4 * weights}
     if config.algo in CRITIC:
         parts["critic"] = 4 * (body + adapter + head) + 12 * ((adapter or body) + head)
-    kept, rounded = _activations(config, about.get_text_config()), 2 * weights * (config.dtype == "bfloat16")
-    vocabulary = about.get_text_config().vocab_size
-    chunk = min(CHUNK, max(1, LOGITS // vocabulary), max(config.micro_batch_tokens, config.max_context))
-    return parts | {"cache": _cache(config, about.get_text_config()), "activations": kept + rounded,
-                    "logits": 4 * vocabulary * COPIES * chunk}
+    kept, rounded = _activations(config, shape), 2 * weights * (config.dtype == "bfloat16")
+    chunk = min(CHUNK, max(1, LOGITS // shape.vocab_size), max(config.micro_batch_tokens, config.max_context))
+    return parts | {"cache": _cache(config, shape), "activations": kept + rounded,
+                    "logits": 4 * shape.vocab_size * COPIES * chunk}
 
 
 def memory_line(config: Config, name: str) -> str:

@@ -8,6 +8,7 @@ Without a launcher there is one rank, and each function here returns what it was
 import os
 import sys
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # a warm start on rank 0 takes an hour and more
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -72,6 +74,11 @@ def agree(work: Callable):
     if mistakes := [error for error in gather(mistake) if error]:
         raise mistake or mistakes[0]
     return result
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """What only rank 0 does, as it writes; the others learn of it when that fails."""
+    agree(lambda: work() if rank() == 0 else None)
 
 
 def total(numbers: dict[str, float]) -> dict[str, float]:

@@ -74,7 +74,7 @@ def _curve(ax, members: Sequence[Path], label: str, colour: str, mean_only: bool
     """One setting's curve. Returns what its parts mean."""
     tables = [read_lines(run / "eval.jsonl") for run in members]
     steps = [row["step"] for row in max(tables, key=len)]
-    success = np.array([[row["success"] for row in table + table[-1:] * (len(steps) - len(table))]
+    success = np.array([np.interp(steps, *zip(*((row["step"], row["success"]) for row in table), strict=True))
                         for table in tables])  # (seeds, evaluations); of a run that ended early the last one stays
     if mean_only:
         note = "mean over seeds of the success on evaluation levels; intervals stand in the table"
@@ -96,14 +96,16 @@ def _curve(ax, members: Sequence[Path], label: str, colour: str, mean_only: bool
 def gradient_mass(runs: Sequence[Path], path: Path) -> Path | None:
     """Figure 1, middle: whose the gradient is before (w = 1) and after Eq. (5), beside whose the tokens are.
 
-    A bar is the mean over a run's steps, then over seeds with its 95 % interval. None where no run used Eq. (5).
+    A bar is the mean over a run's steps, then over seeds with its 95 % interval. None where no step used Eq. (5).
     """
-    settings = {key: members for key, members in _by_setting(runs).items() if key[2].startswith("actfocus")}
+    settings = {key: [shares for run in members if (shares := _action_shares(run))]
+                for key, members in _by_setting(runs).items() if key[2].startswith("actfocus")}
+    settings = {key: shares for key, shares in settings.items() if shares}
     if not settings:
         return None
     figure, ax = plt.subplots(figsize=(2.4 + 2 * len(settings), 4), layout="constrained")
     for group, members in enumerate(settings.values()):
-        shares = np.array([_action_shares(run) for run in members])  # (seeds, 3)
+        shares = np.array(members)  # (seeds, 3)
         for bar, name in enumerate(("tokens", "gradient,\nw = 1", "gradient,\nw of Eq. (5)")):
             x, mean = group + 0.27 * (bar - 1), shares[:, bar].mean()
             error = np.ptp(mean_interval(shares[:, bar])) / 2 if len(members) > 1 else None
@@ -119,9 +121,11 @@ def gradient_mass(runs: Sequence[Path], path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def _action_shares(run: Path) -> list[float]:
-    """Of the tokens, of the gradient with w = 1 and with the run's own w, in the steps that had a gradient."""
+def _action_shares(run: Path) -> list[float] | None:
+    """Of the tokens, of the gradient with w = 1 and with the run's own w, in the steps that had a gradient, if any."""
     rows = [row for row in read_lines(run / "metrics.jsonl") if row["gradient_share_reasoning_uniform"]]
+    if not rows:
+        return None
     tokens = [row["tokens_action"] / (row["tokens_action"] + row["tokens_reasoning"]) for row in rows]
     return [float(np.mean(tokens)), *(float(np.mean([row[f"gradient_share_action{end}"] for row in rows]))
                                       for end in ("_uniform", ""))]

@@ -118,6 +118,38 @@ def load_config(name: str) -> PreTrainedConfig:
     return _load(AutoConfig, name)
 
 
+def outline(name: str) -> PreTrainedModel:
+    """A model without its numbers, from its config.json alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+
+
+def check_positions(name: str, max_context: int) -> None:
+    """Refuse contexts that are longer than a model's table of learned positions; rotary ones have no end.
+
+    Raises:
+        ValueError: it names both lengths.
+    """
+    model = outline(name)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", max_context)
+    tables = [part.num_embeddings for part in model.modules()
+              if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()]
+    if known < max_context and any(size >= known for size in tables):
+        raise ValueError(f"--max_context {max_context}: {name} knows {known} positions")
+
+
+def shared_tokenizer(name: str, reference: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which its reference must have as well.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    tokenizer = load_tokenizer(name)
+    if load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--model {reference}: no reference for {name}, whose tokenizer is another")
+    return tokenizer
+
+
 def precision(dtype: str, device: torch.device) -> torch.autocast | nullcontext:
     """Where matrix products are rounded to `dtype`; weights, softmax and everything after it stay float32.
 
@@ -167,14 +199,20 @@ def save_whole(folder: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) 
     Raises:
         ValueError: the place cannot be written.
     """
+    temporary = place_beside(folder)
+    with becoming(folder, temporary):
+        for part in parts:
+            part.save_pretrained(temporary)
+
+
+def place_beside(folder: Path) -> Path:
+    """An empty folder in the same place, to write to; a ValueError where that is not possible."""
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    with becoming(folder, temporary):
-        for part in parts:
-            part.save_pretrained(temporary)
+    return temporary
 
 
 @contextmanager

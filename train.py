@@ -186,27 +186,23 @@ def record(config: Config, state: State, run: Path, row: dict, progress: tqdm) -
                    f"invalid {row['invalid_turns']:.3f}  action entropy {row['entropy_action']:.2f}  "
                    f"action gradient {row['gradient_share_action']:.2f}  kl {row['kl_ref']:z.4f}  {seconds:5.1f} s",
                    file=sys.stdout)
-    if parallel.rank() == 0:
-        checkpoint.append_line(run / "metrics.jsonl", row)
+    parallel.on_first(lambda: checkpoint.append_line(run / "metrics.jsonl", row))
     last = state.step == config.max_steps
     if last or state.step % config.eval_steps == 0:
         evaluate_step(config, state, run)
     if last or state.step % config.save_steps == 0:
-        save(state, run)
-
-
-def save(state: State, run: Path) -> None:
-    """A checkpoint, written by rank 0; the others learn of it when that fails."""
-    parallel.agree(lambda: checkpoint.save(state, run) if parallel.rank() == 0 else None)
+        parallel.on_first(lambda: checkpoint.save(state, run))
 
 
 def evaluate_step(config: Config, state: State, run: Path) -> dict:
     """Evaluate, keep the numbers and two episodes as text."""
     result, rows = evaluate_policy(config, state.policy, state.tokenizer)
-    if parallel.rank() == 0:
+
+    def write() -> None:
         checkpoint.append_line(run / "eval.jsonl", {"step": state.step, **result})
         texts = [state.tokenizer.decode(row.tokens) + f"\nreturn {row.episode.return_:.1f}\n" for row in rows[:2]]
         (run / "samples" / f"step-{state.step}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    parallel.on_first(write)
     tqdm.write(f"evaluation at step {state.step}: {describe(result)}", file=sys.stdout)
     return result
 
@@ -246,6 +242,8 @@ def prepare(config: Config, path: Path | None) -> State:
     state = build_state(config)
     if path:
         checkpoint.restore(state, path)
+        if config.max_steps < state.step:
+            raise ValueError(f"--max_steps {config.max_steps}: {path} has done {state.step} already")
     return state
 
 
@@ -254,6 +252,7 @@ def open_run(config: Config, state: State, path: Path | None) -> Path:
     if not path:
         return checkpoint.new_run(asdict(config), str(state.policy.device))
     checkpoint.forget_later(path.parent, state.step)
+    checkpoint.update_config(path.parent, asdict(config))
     return path.parent
 
 
@@ -289,7 +288,7 @@ def launch(argv: Sequence[str] | None) -> int:
         return 2
     try:
         if not path:
-            save(state, run)
+            parallel.on_first(lambda: checkpoint.save(state, run))
         if not evaluated:
             evaluate_step(config, state, run)
         train(config, state, run)

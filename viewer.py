@@ -26,7 +26,7 @@ from ablation import tag_mask, weight_signal
 from checkpoint import STATE, State
 from config import CRITIC, Config
 from methods import METHODS, env_options
-from policy import load_model, load_tokenizer, pick_device
+from policy import load_model, pick_device, shared_tokenizer
 from rollout import Batch, Trajectory, token_pieces
 from startup import build_critic
 from train import score_batch, weigh
@@ -68,9 +68,7 @@ def stage(config: Config, folder: Path) -> Scene:
 
 def load_state(config: Config, folder: Path) -> State:
     """The policy in `folder`, the reference it was trained from and, where one was saved, its critic."""
-    tokenizer, critic = load_tokenizer(str(folder)), None
-    if load_tokenizer(config.model).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--model {config.model}: no reference for {folder}, whose tokenizer is another")
+    tokenizer, critic = shared_tokenizer(str(folder), config.model), None
     if config.algo in CRITIC and (folder / STATE).is_file():
         saved = torch.load(folder / STATE, weights_only=True, mmap=True, map_location="cpu")
         if "critic" in saved:  # not where --algo was changed

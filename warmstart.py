@@ -38,6 +38,7 @@ from policy import (
     opening_text,
     pad,
     pick_device,
+    place_beside,
     precision,
     save_whole,
     score_tokens,
@@ -299,6 +300,7 @@ def bring_to_format(config: Config, name: str, folder: Path, seed: int = 0) -> N
     def write(game: str, seed: int, skill: float, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
         return transcript(game, seed, skill, tokenizer, build_env(config), config.prompt_style)
 
+    place_beside(folder).rmdir()  # now, or all steps are lost in the end
     game, steps, learning_rate = config.env, config.warmstart_steps, config.warmstart_learning_rate
     model, tokenizer = load_model(name, pick_device(config.device)), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
@@ -346,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
             bring_to_format(config, source_model(config), args.output_dir, args.seed)
         else:
+            place_beside(args.output_dir).rmdir()
             (commit_tiny if args.committed else make_tiny)(args.output_dir, args.seed, args.shrink)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

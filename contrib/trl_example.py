@@ -148,8 +148,10 @@ def main() -> None:
     for done in (0, args.iterations):
         if done:
             trainer.train()
-        if trainer.accelerator.is_main_process and not args.no_evaluation:
-            result, _ = evaluate_policy(config, trainer.model, trainer.processing_class)
+        if args.no_evaluation:
+            continue
+        result, _ = evaluate_policy(config, trainer.model, trainer.processing_class)  # shared out to the processes
+        if trainer.accelerator.is_main_process:
             print(f"after {done} iterations: {describe(result)}", flush=True)
             if args.log:
                 append_line(args.log.with_suffix(".eval.jsonl"), {"iterations": done, **result})

@@ -157,6 +157,11 @@ def test_commitments_are_the_tokens_of_the_moves_at_a_thoughts_end(game, respons
     assert share == pytest.approx(kept, nan_ok=True)
 
 
+def test_a_reference_with_another_tokenizer_is_refused(tiny, tmp_path, capsys):
+    assert evaluate.main([str(tiny), "--bottleneck", "--model", str(TINY), *SHORT]) == 2
+    assert capsys.readouterr().err == f"error: --model {TINY}: no reference for {tiny}, whose tokenizer is another\n"
+
+
 def test_a_table_with_other_columns_is_left_alone(tiny, tmp_path, capsys):
     table = tmp_path / "other.csv"
     table.write_text("a,b\n1,2\n")

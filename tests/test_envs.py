@@ -229,6 +229,15 @@ def test_slips_are_as_frequent_as_gymnasiums_table_says():
                 assert abs(counts[state, action, arrival] / n - p) <= 4 * (p * (1 - p) / n) ** 0.5
 
 
+def test_the_oracle_plans_no_further_than_an_episode_can_last():
+    env, wide = make_env("frozenlake", success_rate=0.8), make_env("frozenlake", success_rate=0.8)
+    wide.max_actions = 10**9
+    for seed in range(20):
+        env.reset(seed)
+        wide.reset(seed)
+        assert wide.solve() == env.solve() and len(wide.values) == len(env.values) == 11
+
+
 def test_without_slips_a_move_goes_where_it_was_meant_to_or_stays_at_the_edge():
     env = make_env("frozenlake", frozen=1.0)
     for seed in range(20):

@@ -40,6 +40,9 @@ def nan_at_first(*given):
     train.policy_loss = loss
     return loss(*given) * float("nan")
 
+def no_room(path, row):
+    raise OSError("No space left on device")
+
 def die(config, state, step):
     if step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -53,6 +56,8 @@ def rank_of(name, rank, ranks, port, argv, trouble):
     train.train, train.report = keep_weights, lambda *_: print("report")
     if rank == 1 and trouble == "nan":
         train.policy_loss = nan_at_first
+    if rank == 0 and trouble == "full disk":
+        train.checkpoint.append_line = no_room
     if rank == 1 and trouble == "death":
         train.iteration = die
     return train.main(argv)
@@ -113,6 +118,7 @@ def runs(tiny, tmp_path_factory):
             run = f"{name}-{ranks}"
             jobs[run] = ranks, free_port(), flags(model=tiny, output_dir=run, **SHORT | options), None
     jobs["nan"] = 2, free_port(), flags(model=tiny, output_dir="nan", **SHORT), "nan"
+    jobs["full disk"] = 2, free_port(), flags(model=tiny, output_dir="room", **SHORT), "full disk"
     jobs["killed"] = 2, free_port(), flags(model=tiny, output_dir="killed", **SHORT | ALGOS["grpo"]), "death"
     jobs["resumed"] = 1, free_port(), ["--resume_from_checkpoint", "killed"], None
     jobs["odd"] = 2, free_port(), flags(model=tiny, output_dir="odd", **SHORT | {"num_prompts": 3}), None
@@ -188,6 +194,12 @@ def test_a_mistake_is_one_line_and_code_2_on_every_rank_and_leaves_no_folder(run
     error = (folder / f"{name}.err").read_text().splitlines()
     assert codes[name] == [2, 2] and len(error) == 1 and part in error[0]
     assert not (folder / name).exists() and [path.name for path in (folder / "full").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_rank_that_writes_ends_all_with_one_line_and_code_2(runs):
+    (line,) = (runs[0] / "full disk.err").read_text().splitlines()
+    assert runs[1]["full disk"] == [2, 2] and line.startswith("error: No space left on device; --resume_from")
 
 
 @pytest.mark.slow

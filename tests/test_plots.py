@@ -104,6 +104,15 @@ def test_methods_share_a_panel_where_they_are_not_side_by_side(run, figures, tmp
     assert drawn == {"grpo, actfocus": pytest.approx([0.4, 0.7]), "carl, actfocus": pytest.approx([0.4, 0.5])}
 
 
+def test_seeds_that_were_evaluated_after_other_steps_meet_at_the_same_ones(run, figures, tmp_path):
+    runs = [run("a", [0.2, 0.4, 0.6]), run("b", [0.2, 0.6], seed=1), run("c", [0.4, 0.4], seed=2)]
+    rows = (runs[1] / "eval.jsonl").read_text().replace('"step": 10', '"step": 20')  # b at 0 and 20, c ended at 10
+    (runs[1] / "eval.jsonl").write_text(rows)
+    plots.learning_curves(runs, tmp_path / "x.png")
+    mean = curve(figures[0].axes[0], "actfocus").get_xydata()
+    assert mean.tolist() == [[0, pytest.approx(0.8 / 3)], [10, pytest.approx(0.4)], [20, pytest.approx(1.6 / 3)]]
+
+
 def test_runs_of_other_lengths_are_another_curve(run, figures, tmp_path):
     runs = [run("a", [0.4, 0.6], max_steps=10), run("b", [0.4, 0.5, 0.9], seed=1, max_steps=20)]
     plots.learning_curves(runs, tmp_path / "x.png")
@@ -128,6 +137,12 @@ def test_gradient_bars_are_the_means_of_metrics_jsonl_over_steps_and_then_seeds(
 
 def test_a_step_without_gradient_is_left_out_of_the_shares(run, figures, tmp_path):
     plots.gradient_mass([run("a", [0.4], shares=[(0.2, 0.6), (None, 0.0)])], tmp_path / "x.png")
+    assert [bar.get_height() for bar in figures[0].axes[0].patches[2:6:2]] == pytest.approx([0.2, 0.6])
+
+
+def test_a_run_without_a_step_has_no_bar(run, figures, tmp_path):
+    assert plots.gradient_mass([run("none", [0.4], shares=[])], tmp_path / "x.png") is None and not figures
+    plots.gradient_mass([run("a", [0.4], shares=[(0.2, 0.6)]), run("b", [0.4], shares=[], seed=1)], tmp_path / "x.png")
     assert [bar.get_height() for bar in figures[0].axes[0].patches[2:6:2]] == pytest.approx([0.2, 0.6])
 
 

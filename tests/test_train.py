@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import methods
+import startup
 import train
 import warmstart
 from actfocus import policy_loss, token_weights
@@ -170,6 +171,30 @@ def test_a_finished_run_can_be_extended(finished, tmp_path):
     assert resume(folder, "--max_steps", "5") == 0
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert find_checkpoint(folder).name == "checkpoint-5"
+    assert checkpoint.read_config(folder)["max_steps"] == 5  # or a kill and a plain resume would end at 4
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+def test_a_run_cannot_be_resumed_to_end_before_its_checkpoint(finished, tmp_path, capsys):
+    folder = tmp_path / "shorter"
+    shutil.copytree(finished, folder)
+    capsys.readouterr()
+    assert resume(folder, "--max_steps", "3") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --max_steps 3: {folder}/checkpoint-4 has done 4 already"
+    assert len(lines(folder / "metrics.jsonl")) == 4 and checkpoint.read_config(folder)["max_steps"] == 4
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+def test_a_users_copy_of_a_checkpoint_is_neither_taken_for_one_nor_deleted(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("checkpoint-2-2026", "checkpoint-4.bak", "checkpoint-4 (copy)"):
+        shutil.copytree(folder / "checkpoint-2", folder / name)
+    assert find_checkpoint(folder) == folder / "checkpoint-4"
+    checkpoint.forget_later(folder, 2)
+    assert sorted(path.name for path in folder.glob("checkpoint-[24]*")) == [
+        "checkpoint-2", "checkpoint-2-2026", "checkpoint-4 (copy)", "checkpoint-4.bak"]
 
 
 @pytest.mark.parametrize("lines_before", [pytest.param(0, marks=pytest.mark.slow), 1,
@@ -678,7 +703,7 @@ def test_a_smoke_run_on_sudoku_ends_with_floor_and_ceiling(tiny, tmp_path, capsy
     assert (config["env"], config["sudoku_level"], config["hints"], config["max_turns"]) == ("sudoku", "easy", True, 0)
 
 
-def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny, tmp_path, capsys):
+def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny, tmp_path, capsys, monkeypatch):
     options = {"warmstart_steps": 2, "cache_dir": tmp_path / "cache"}
     one = run(tiny, tmp_path / "one", max_steps=1, **options)
     assert "warm start of" in capsys.readouterr().out
@@ -691,6 +716,9 @@ def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny,
     run(tiny, tmp_path / "three", max_steps=1, **{**options, "warmstart_steps": 1})
     run(tiny, tmp_path / "four", max_steps=1, **options, actions_per_turn=1)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # another warm start is another folder
+    monkeypatch.setattr(startup, "weights_digest", lambda folder: "of a model that was made anew")
+    run(tiny, tmp_path / "five", max_steps=0, **options)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_a_warm_start_on_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
@@ -713,6 +741,18 @@ def test_a_warm_start_is_on_the_prompts_and_budgets_of_the_run(tiny, tmp_path, m
     texts = ["".join(text for text, _ in parts) for parts in written]
     assert len(texts) == warmstart.ROWS_OF_ONE and all("one into an answer" in text for text in texts)
     assert not any("||" in text for parts in written for text, is_response in parts if is_response)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_steps_of_a_warm_start(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(warmstart, "train", lambda *_, **__: pytest.fail("it taught first"))
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["--output_dir", str(tmp_path / "file" / "new")]
+    for more in ([], ["--committed"], ["--model", str(tiny), "--steps", "1"]):
+        assert warmstart.main([*arguments, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {tmp_path}/file/new: cannot be written (Not a directory)"
 
 
 def test_any_model_is_taught_a_games_format_by_a_command(tiny, tmp_path, capsys):
