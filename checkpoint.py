@@ -181,9 +181,14 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step; a copy under another name, as checkpoint-30-old, is none."""
-    folders = run.glob("checkpoint-[0-9]*")
-    return {int(path.name[11:]): path for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)}
+    """Folders of checkpoints by their step."""
+    return {step: path for path in run.glob("checkpoint-*") if (step := step_of(path)) is not None}
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder; a user's copy of another name, as checkpoint-30-old, is none."""
+    found = re.fullmatch(r"checkpoint-([0-9]+)", path.name)
+    return int(found[1]) if found else None
 
 
 def update_config(run: Path, settings: dict) -> None:
@@ -193,7 +198,7 @@ def update_config(run: Path, settings: dict) -> None:
 
 
 def read_config(run: Path) -> dict:
-    """The settings a run was started with."""
+    """The settings a run was started or last resumed with."""
     if not (run / "config.json").is_file() or "config" not in (about := json.loads((run / "config.json").read_text())):
         raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
     return about["config"]

@@ -225,7 +225,7 @@ def usual_settings(preset: str, env: str, algo: str, model: str = "") -> dict:
 
 
 def of_run(run: Path) -> Config:
-    """The settings a run was started with; one that is older than a setting has its default.
+    """The settings a run was started or last resumed with; one that is older than a setting has its default.
 
     Raises:
         ValueError: no run folder, or a setting that there is no more.
@@ -239,11 +239,11 @@ def of_run(run: Path) -> Config:
 def departures(config: Config) -> dict:
     """What sets a run apart from others of its environment, method and weights: settings unlike their usual values.
 
-    Left out are the seed and what changes no number but by rounding: folders, checkpoints, threads, the size of
-    micro-batches; and, under other weights, what only ActFocus reads.
+    Left out are the seed and what changes no number but by rounding: folders, checkpoints, device, threads, how much
+    of a batch is in memory at once; and, under other weights, what only ActFocus reads.
     """
     unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens",
-              "num_threads"}
+              "gradient_checkpointing", "device", "num_threads"}
     usual = {**vars(Config()), **usual_settings("laptop", config.env, config.algo)}
     own = {**vars(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name

@@ -103,15 +103,17 @@ def correlations(
 
 def diagnose(config: Config, folder: Path, table: Path | None) -> None:
     """Print the diagnosis of a model, draw it, and append its rows to `table`."""
+    of_run, step = folder.name.startswith("checkpoint-"), checkpoint.step_of(folder)
+    if of_run and step is None:
+        raise ValueError(f"{folder}: expected a checkpoint-N, whose name says the step")
     rows, batch, signals = scored_rollouts(config, folder, min(PROMPTS, count_levels(config)))
     success = torch.tensor([float(row.episode.success) for row in rows])
     named, kept = commitments(rows, load_tokenizer(str(folder)), config.env)
     masks = batch.is_action, batch.is_reasoning, batch.is_response, named
     found = correlations(signals, masks, batch.returns, success, ROLLOUTS)
-    of_run = re.fullmatch(r"checkpoint-[0-9]+", folder.name)
     about = {
         "model": folder.parent.name if of_run else folder.name, "env": config.env,
-        "step": int(folder.name.removeprefix("checkpoint-")) if of_run else 0, "seed": config.seed,
+        "step": step or 0, "seed": config.seed,
         "groups": len(rows) // ROLLOUTS, "group_size": ROLLOUTS, "temperature": config.temperature,
         "mean_success": success.mean().item(), "mean_return": batch.returns.mean().item(),
         "action_fraction": (batch.is_action.sum() / batch.is_response.sum().clamp(min=1)).item(),

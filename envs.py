@@ -278,8 +278,8 @@ class FrozenLake:
         return q
 
     def _horizon(self) -> int:
-        """How many actions an episode can have; of more than 1,000 the first ones are the same."""
-        return min(self.max_actions, self.max_turns * self.actions_per_turn, 1000)
+        """How many actions the oracle looks ahead; with more than 1,000 the first ones would be the same."""
+        return min(self.max_actions, 1000)
 
     def _goal_is_reachable(self) -> bool:
         seen, queue = {self.start}, [self.start]

@@ -31,7 +31,7 @@ from envs import ENVS, oracle_player, random_player
 from memory import advice, is_out_of_memory
 from methods import env_options
 from metrics import describe
-from policy import TINY, load_model, load_tokenizer, pick_device
+from policy import TINY, check_positions, load_model, load_tokenizer, pick_device
 from rollout import token_pieces
 from startup import start_model
 from train import evaluate_player, evaluate_policy
@@ -70,7 +70,9 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
     """A folder's own settings under the flags that were given, and the folder of its model."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     if (run / "eval.jsonl").exists():
-        return replace(of_run(run), **given), checkpoint.find_checkpoint(folder)
+        config = replace(of_run(run), **given)
+        check_positions(config.model, config.max_context)
+        return config, checkpoint.find_checkpoint(folder)
     name, env, algo = given.get("model", str(folder)), given.get("env", Config.env), given.get("algo", Config.algo)
     config = Config(**{**usual_settings("laptop", env, algo, name), **given, "model": name})
     started = start_model(config)

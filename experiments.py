@@ -217,7 +217,7 @@ def work_off(run: dict, name: str = "", again: bool = False) -> str:
     """Start or continue one run, and keep its numbers when it is done. Returns a line about it."""
     name = name or name_of(run)
     folder, kept = WORK / name, RESULTS / "runs" / name
-    goes_on = current(folder, run) and list(folder.glob("checkpoint-[0-9]*"))
+    goes_on = current(folder, run) and checkpoint.checkpoints(folder)
     if goes_on and not (again and is_finished(folder, run)):
         arguments = ["--resume_from_checkpoint", str(folder)]
     else:

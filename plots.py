@@ -73,9 +73,9 @@ def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
 def _curve(ax, members: Sequence[Path], label: str, colour: str, mean_only: bool) -> str:
     """One setting's curve. Returns what its parts mean."""
     tables = [read_lines(run / "eval.jsonl") for run in members]
-    steps = [row["step"] for row in max(tables, key=len)]
+    steps = sorted({row["step"] for table in tables for row in table})
     success = np.array([np.interp(steps, *zip(*((row["step"], row["success"]) for row in table), strict=True))
-                        for table in tables])  # (seeds, evaluations); of a run that ended early the last one stays
+                        for table in tables])  # (seeds, steps); a line between two evaluations, after the last it stays
     if mean_only:
         note = "mean over seeds of the success on evaluation levels; intervals stand in the table"
     elif len(members) == 1:

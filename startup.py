@@ -101,10 +101,8 @@ def dry_run(config: Config) -> None:
     print(memory_line(config, name))
     print("an episode: ·token·token·, ⟦action token⟧; everything else of a response is reasoning")
     played = (warmstart.transcript(config.env, level, 1.0, tokenizer, build_env(config), config.prompt_style)
-              for level in range(100))
-    first = next(played)
-    several = first if len(first) > 2 else next((parts for parts in played if len(parts) > 2), first)
-    for text, is_response in several:  # turns, where a level has them
+              for level in range(20))
+    for text, is_response in max(played, key=lambda parts: len(parts) > 2):  # of several turns, where one has them
         ids = tokenizer.encode(text, add_special_tokens=False)
         pieces = token_pieces(tokenizer, ids)
         if not is_response:

@@ -157,6 +157,13 @@ def test_commitments_are_the_tokens_of_the_moves_at_a_thoughts_end(game, respons
     assert share == pytest.approx(kept, nan_ok=True)
 
 
+def test_a_copy_of_a_checkpoint_whose_name_says_no_step_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    copy = (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "run" / "checkpoint-2-old")
+    assert evaluate.main([str(copy), "--bottleneck", *SHORT]) == 2
+    assert capsys.readouterr().err == f"error: {copy}: expected a checkpoint-N, whose name says the step\n"
+
+
 def test_a_reference_with_another_tokenizer_is_refused(tiny, tmp_path, capsys):
     assert evaluate.main([str(tiny), "--bottleneck", "--model", str(TINY), *SHORT]) == 2
     assert capsys.readouterr().err == f"error: --model {TINY}: no reference for {tiny}, whose tokenizer is another\n"

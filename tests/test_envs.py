@@ -229,13 +229,12 @@ def test_slips_are_as_frequent_as_gymnasiums_table_says():
                 assert abs(counts[state, action, arrival] / n - p) <= 4 * (p * (1 - p) / n) ** 0.5
 
 
-def test_the_oracle_plans_no_further_than_an_episode_can_last():
-    env, wide = make_env("frozenlake", success_rate=0.8), make_env("frozenlake", success_rate=0.8)
-    wide.max_actions = 10**9
-    for seed in range(20):
+def test_the_oracle_looks_a_thousand_actions_ahead_and_no_further():
+    env = make_env("frozenlake", success_rate=0.8)
+    env.max_actions = 10**9
+    for seed in range(3):
         env.reset(seed)
-        wide.reset(seed)
-        assert wide.solve() == env.solve() and len(wide.values) == len(env.values) == 11
+        assert 0 < len(env.solve()) <= 1000 and len(env.values) == 1001
 
 
 def test_without_slips_a_move_goes_where_it_was_meant_to_or_stays_at_the_edge():

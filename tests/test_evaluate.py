@@ -107,7 +107,7 @@ def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     (["--env", "chess"], "--env chess"),
     (["--bogus"], "--bogus"),
     (["MODEL", "--show_tokens", "--max_context", "60"], "leaves no room"),
-    (["--bench", "--algo", "ppo"], "--bench compares all methods with grpo"),
+    (["--bench", "--algo", "ppo"], "--algo ppo --filter_fraction 1.0: --bench compares all"),
     (["MODEL", "--csv", "table.csv"], "--csv table.csv: goes with --bottleneck"),
     (["MODEL", "--bottleneck", "--csv", "nowhere/table.csv"], "its folder must exist"),
 ])

@@ -30,7 +30,7 @@ import json, os, signal, sys, traceback
 import matplotlib.pyplot, torch, train  # once for all ranks, which are forks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(1)
-play, loss, iteration = train.train, train.policy_loss, train.iteration
+play, loss, iteration, append = train.train, train.policy_loss, train.iteration, train.checkpoint.append_line
 
 def keep_weights(config, state, run):
     play(config, state, run)
@@ -40,7 +40,7 @@ def nan_at_first(*given):
     train.policy_loss = loss
     return loss(*given) * float("nan")
 
-def no_room(path, row):
+def no_room():
     raise OSError("No space left on device")
 
 def die(config, state, step):
@@ -56,8 +56,8 @@ def rank_of(name, rank, ranks, port, argv, trouble):
     train.train, train.report = keep_weights, lambda *_: print("report")
     if rank == 1 and trouble == "nan":
         train.policy_loss = nan_at_first
-    if rank == 0 and trouble == "full disk":
-        train.checkpoint.append_line = no_room
+    if rank == 0 and trouble in ("eval.jsonl", "metrics.jsonl"):
+        train.checkpoint.append_line = lambda path, row: no_room() if path.name == trouble else append(path, row)
     if rank == 1 and trouble == "death":
         train.iteration = die
     return train.main(argv)
@@ -92,6 +92,7 @@ sys.exit(train.main())
 SHORT = {"max_steps": 2, "num_prompts": 4, "mini_batch_size": 4, "micro_batch_tokens": 300, "save_steps": 1,
          "eval_prompts": 3, "eval_samples": 1,
          "learning_rate": 1e-5}  # Adam makes up to this of a first gradient that is nothing but rounding
+FILES = ("eval.jsonl", "metrics.jsonl")
 ALGOS = {  # the others share out nothing that these do not; with carl every mini-batch leaves a rank without a row
     "grpo": {"kl_coef": 0.1},
     "ppo": {"algo": "ppo", "value_clip": 0.2},
@@ -118,7 +119,8 @@ def runs(tiny, tmp_path_factory):
             run = f"{name}-{ranks}"
             jobs[run] = ranks, free_port(), flags(model=tiny, output_dir=run, **SHORT | options), None
     jobs["nan"] = 2, free_port(), flags(model=tiny, output_dir="nan", **SHORT), "nan"
-    jobs["full disk"] = 2, free_port(), flags(model=tiny, output_dir="room", **SHORT), "full disk"
+    for file in FILES:
+        jobs[file] = 2, free_port(), flags(model=tiny, output_dir=f"without-{file}", **SHORT), file
     jobs["killed"] = 2, free_port(), flags(model=tiny, output_dir="killed", **SHORT | ALGOS["grpo"]), "death"
     jobs["resumed"] = 1, free_port(), ["--resume_from_checkpoint", "killed"], None
     jobs["odd"] = 2, free_port(), flags(model=tiny, output_dir="odd", **SHORT | {"num_prompts": 3}), None
@@ -197,9 +199,18 @@ def test_a_mistake_is_one_line_and_code_2_on_every_rank_and_leaves_no_folder(run
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_the_rank_that_writes_ends_all_with_one_line_and_code_2(runs):
-    (line,) = (runs[0] / "full disk.err").read_text().splitlines()
-    assert runs[1]["full disk"] == [2, 2] and line.startswith("error: No space left on device; --resume_from")
+@pytest.mark.parametrize("file", FILES)
+def test_a_full_disk_of_the_rank_that_writes_ends_all_with_one_line_and_code_2(runs, file):
+    *_, line = (runs[0] / f"{file}.err").read_text().strip().splitlines()
+    assert runs[1][file] == [2, 2] and line.startswith("error: No space left on device; --resume_from")
+
+
+def test_ranks_wait_for_a_warm_start_of_hours(monkeypatch):
+    given = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, timeout: given.append(timeout))
+    parallel.start()
+    assert given[0].total_seconds() > 5 * 3600
 
 
 @pytest.mark.slow

@@ -86,7 +86,8 @@ def test_runs_of_another_alpha_are_another_setting_and_not_further_seeds(run, fi
 
 def test_what_no_number_depends_on_makes_no_other_setting(run, figures, tmp_path):
     runs = [run("a", [0.4]), run("b", [0.4, 0.5], seed=1, model="models/tiny"),
-            run("c", [0.4], seed=2, model="/elsewhere/tiny"),
+            run("c", [0.4], seed=2, model="/elsewhere/tiny", device="cpu",
+                gradient_checkpointing=True),
             run("d", [0.4], weights="uniform", alpha=0.1), run("e", [0.4], weights="uniform", alpha=0.5, seed=1)]
     plots.learning_curves(runs, tmp_path / "x.png")
     assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {"actfocus", "uniform"}

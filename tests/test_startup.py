@@ -302,6 +302,11 @@ def test_a_context_beyond_a_table_of_learned_positions_is_refused(tiny, tmp_path
         assert train.main([*flags(model=tmp_path / "gpt2", max_context=513), *more]) == 2
         assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
     check_positions(str(tmp_path / "gpt2"), 512)
+    run = tmp_path / "run"
+    assert train.main(flags(model=tmp_path / "gpt2", max_context=512, max_steps=0, output_dir=run)) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--max_context", "513"]) == 2
+    assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
     check_positions(str(tiny), 4096)  # its 1,024 are of a rotary table, which has no end
 
 
