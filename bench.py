@@ -56,7 +56,7 @@ def bench(config: Config) -> None:
     print(f"update / bare forward and backward, same tokens unpadded: {_ratio(ours, bare)} (at most 1.25)")
     _bench_memory(config, state, batch)
     if not large:
-        _bench_steps(config, state, rounds)
+        _bench_steps(config, build_state(config), rounds)  # of its own, as _bench_memory's recomputes its layers
 
 
 def _bench_memory(config: Config, state: State, batch: Batch) -> None:

@@ -8,6 +8,7 @@ folder, flushed and renamed, so a folder called checkpoint-N is always whole. Li
 resumes.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from lora import AdapterOff, merged_weights
 from policy import Critic, becoming, load_model
 
 STATE = "trainer_state.pt"
+LOCKS = []  # of the run folders that this process trains in
 
 
 @dataclass
@@ -69,7 +71,22 @@ def new_run(config: dict, device: str = "cpu") -> Path:
         raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
     about = {"config": config, **provenance(Path(config["model"]), device)}
     (run / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    lock(run)
     return run
+
+
+def lock(run: Path) -> None:
+    """Keep other processes from training in a run folder as long as this one lives.
+
+    Raises:
+        ValueError: another one does so.
+    """
+    handle = (run / ".lock").open("w")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{run}: another process is training there") from None
+    LOCKS.append(handle)
 
 
 def provenance(model: Path, device: str = "cpu") -> dict:
@@ -199,9 +216,15 @@ def update_config(run: Path, settings: dict) -> None:
 
 def read_config(run: Path) -> dict:
     """The settings a run was started or last resumed with."""
-    if not (run / "config.json").is_file() or "config" not in (about := json.loads((run / "config.json").read_text())):
+    if not is_run(run):
         raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
-    return about["config"]
+    return json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it has a run's settings; a model's config.json is another."""
+    path = folder / "config.json"
+    return path.is_file() and "config" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -251,7 +251,9 @@ def departures(config: Config) -> dict:
         if own[budget] == getattr(ENVS[config.env], budget):
             unread.add(budget)
     if config.weights != "actfocus":
-        unread |= {"alpha", "beta", "signal", "tag_weight", "weight_stats"}
+        unread |= {"alpha", "beta", "signal", "tag_weight"}
+    if config.weights == "uniform":
+        unread.add("weight_stats")  # which class_mean reads
     return {name: value for name, value in own.items() if name not in unread and value != usual[name]}
 
 

@@ -34,11 +34,11 @@ import checkpoint
 import report
 from config import ALGOS, Config, Parser, departures, of_run, usual_settings
 from methods import FIRST_TRAIN_SEED
-from tables import Run, read_run
+from tables import Run, read_run, whole_runs
 
 HERE = Path(__file__).parent
 WORK, RESULTS, MODELS = HERE / "runs", HERE / "results", HERE / "models"
-KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")  # the last one says that a run is whole
+KEPT = ("config.json", "failure.txt", "metrics.jsonl", "eval.jsonl")  # the last one says that a run is whole
 WEIGHTS = ("actfocus", "uniform")
 GAMES = ("frozenlake", "sokoban", "sudoku", "webshop")
 TWO = GAMES[:2]
@@ -229,22 +229,22 @@ def work_off(run: dict, name: str = "", again: bool = False) -> str:
                               env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     broke_down = code == 1 and said.startswith("stopped: ")  # numbers, not a mistake: this is a result
+    if broke_down:
+        (folder / "failure.txt").write_text(said + "\n", encoding="utf-8")  # so that --run starts it anew
     if code and not broke_down:
         return f"{name}: exit code {code}, see {log}"
     before = checkpoint.read_lines(kept / "eval.jsonl")
-    keep(folder, kept, said if broke_down else "")
+    keep(folder, kept)
     lines = checkpoint.read_lines(kept / "eval.jsonl")
     compared = "" if not before else ", as it was" if before == lines else ", NOT as it was: see git diff"
     reason = f", {said}" if broke_down else ""
     return f"{name}: {100 * lines[-1]['success']:.1f} % after {lines[-1]['step']} steps{compared}{reason}"
 
 
-def keep(folder: Path, kept: Path, failure: str) -> None:
-    """Copy what tables need, and why a run broke down."""
+def keep(folder: Path, kept: Path) -> None:
+    """Copy what tables need."""
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    if failure:
-        (kept / "failure.txt").write_text(failure + "\n", encoding="utf-8")
     for part in KEPT:
         if (folder / part).exists():
             shutil.copy(folder / part, kept / part)
@@ -253,7 +253,7 @@ def keep(folder: Path, kept: Path, failure: str) -> None:
 def named(pattern: str) -> dict[str, dict]:
     """Runs of all grids and of results/ whose name matches, by name; one in results/ as it was run."""
     known = {name_of(run): run for one in grids().values() for run in one.runs}
-    known |= {folder.name: settings_as_run(of_run(folder)) for folder in (RESULTS / "runs").iterdir()}
+    known |= {folder.name: settings_as_run(of_run(folder)) for folder in whole_runs(RESULTS)}
     chosen = {name: run for name, run in sorted(known.items()) if fnmatchcase(name, pattern)}
     if not chosen:
         raise ValueError(f"--run {pattern}: no run of that name in a grid or in results/runs")
@@ -264,7 +264,7 @@ def rows_of(patterns: Sequence[str]) -> list[list[Run]]:
     """Of each pattern the runs in results/ whose name matches."""
     if len(patterns) % 2:
         raise ValueError(f"--compare: expected pairs of NAMEs, got {len(patterns)}")
-    folders = sorted((RESULTS / "runs").iterdir())
+    folders = whole_runs(RESULTS)
     rows = [[read_run(folder) for folder in folders if fnmatchcase(folder.name, pattern)] for pattern in patterns]
     if not all(rows):
         raise ValueError(f"--compare {patterns[rows.index([])]}: no run of that name in results/runs")

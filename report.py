@@ -40,6 +40,7 @@ from tables import (
     result_rows,
     run_row,
     setting_row,
+    whole_runs,
     write_table,
 )
 
@@ -61,7 +62,8 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     Args:
         grids: of each grid the runs it asks for, present or not.   tuning: of each (env, algo, weights) its scores.
     """
-    runs = {folder.name: read_run(folder) for folder in sorted((results / "runs").iterdir())}
+    runs = {folder.name: read_run(folder) for folder in whole_runs(results)}
+    others = sorted({path.name for path in (results / "runs").iterdir()} - runs.keys())
     members = {grid: [runs[name] for name, _ in pairs if name in runs] for grid, pairs in grids.items()}
     known = {run.name for group in members.values() for run in group}
     members["other"] = [run for name, run in runs.items() if name not in known]
@@ -93,7 +95,8 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     front = {"main": result_rows({run.name: run for run in members["main"] + uniform}.values())}
     for page, tables in ((results / "README.md", parts), (results.parent / "README.md", front)):
         page.write_text(fill(page.read_text(encoding="utf-8"), tables, page), encoding="utf-8")
-    return [f"{len(runs)} runs, tables in {results}", *(f"plot {path}" for path in drawn)]
+    left_out = [f"left out, as there is no eval.jsonl: {name}" for name in others]
+    return [f"{len(runs)} runs, tables in {results}", *left_out, *(f"plot {path}" for path in drawn)]
 
 
 def figures(results: Path, members: dict[str, list[Run]], differences: list[dict], diagnosis: list[dict]) -> list[Path]:

@@ -365,5 +365,11 @@ def _swap(engine: Engine, order: list[Trajectory], one: int, other: int) -> None
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text each token adds; together the response's text. First bytes of a split character add ""."""
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    stream, pieces = DecodeStream(skip_special_tokens=False), []
+    for token in ids:
+        try:
+            pieces.append(stream.step(tokenizer.backend_tokenizer, token) or "")
+        except Exception:  # a single-byte token after broken bytes, with Llama 2's kind: what came before is settled
+            stream = DecodeStream(skip_special_tokens=False)
+            pieces.append(stream.step(tokenizer.backend_tokenizer, token) or "")
+    return pieces

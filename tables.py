@@ -68,6 +68,11 @@ def read_run(folder: Path) -> Run:
                reason.read_text(encoding="utf-8").strip() if reason.exists() else "")
 
 
+def whole_runs(results: Path) -> list[Path]:
+    """The folders of runs that are there whole: eval.jsonl is copied last."""
+    return sorted(path.parent for path in (results / "runs").glob("*/eval.jsonl"))
+
+
 def measures(run: Run, ceiling: float) -> dict[str, float | None]:
     """The numbers of one learning curve; success as a share, `to_80` in steps, None where it was never reached.
 

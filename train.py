@@ -201,6 +201,7 @@ def evaluate_step(config: Config, state: State, run: Path) -> dict:
     def write() -> None:
         checkpoint.append_line(run / "eval.jsonl", {"step": state.step, **result})
         texts = [state.tokenizer.decode(row.tokens) + f"\nreturn {row.episode.return_:.1f}\n" for row in rows[:2]]
+        (run / "samples").mkdir(exist_ok=True)
         (run / "samples" / f"step-{state.step}.txt").write_text("\n\n".join(texts), encoding="utf-8")
     parallel.on_first(write)
     tqdm.write(f"evaluation at step {state.step}: {describe(result)}", file=sys.stdout)
@@ -251,6 +252,7 @@ def open_run(config: Config, state: State, path: Path | None) -> Path:
     """The run folder, new or without what came after the checkpoint."""
     if not path:
         return checkpoint.new_run(asdict(config), str(state.policy.device))
+    checkpoint.lock(path.parent)
     checkpoint.forget_later(path.parent, state.step)
     checkpoint.update_config(path.parent, asdict(config))
     return path.parent
@@ -309,6 +311,7 @@ def launch(argv: Sequence[str] | None) -> int:
 def complain(line: str) -> None:
     """Why a run ends, once."""
     if parallel.rank() == 0:
+        sys.stdout.flush()  # in a log of both, what is buffered would come after the reason
         print(line, file=sys.stderr)
 
 

@@ -32,6 +32,7 @@ from envs import Cell, Env, Episode, make_env
 from methods import build_env
 from policy import (
     TINY,
+    check_positions,
     load_model,
     load_tokenizer,
     micro_batches,
@@ -258,9 +259,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) ->
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: list[dict[str, float]], learning_rate: float,
     seed: int, rows: dict[str, int] = ROWS, dtype: str = "float32",
-    write: Callable[..., list[tuple[str, bool]]] = transcript,
+    write: Callable[..., list[tuple[str, bool]]] = transcript, longest: int | None = None,
 ) -> None:
     """Weighted cross-entropy on response tokens of what players of the given skills `write`, a game's each step.
+
+    Of a transcript the first `longest` tokens are learnt, all by default.
 
     Careful: `skills` sets the number of steps too. The learning rate warms up and decays linearly.
     """
@@ -273,7 +276,7 @@ def train(
     for step, skill in enumerate(skills):
         first = FIRST_SEED + (seed * 100_000 + step) * len(games)
         texts = [write(game, first + i, skill[game], tokenizer) for i, game in enumerate(games)]
-        coded = [encode(tokenizer, parts) for parts in texts]
+        coded = [tuple(column[:longest] for column in encode(tokenizer, parts)) for parts in texts]
         total = sum(sum(weights) for _, weights in coded)
         loss = 0.0
         for batch in micro_batches([len(ids) for ids, _ in coded], 2048):
@@ -305,7 +308,7 @@ def bring_to_format(config: Config, name: str, folder: Path, seed: int = 0) -> N
     model, tokenizer = load_model(name, pick_device(config.device)), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
     train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, seed, {game: ROWS_OF_ONE}, config.dtype,
-          write)
+          write, config.max_context)
     save_whole(folder, model, tokenizer)
 
 
@@ -342,10 +345,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--shrink {args.shrink}: must be at least 1")
         if args.output_dir.exists():
             raise ValueError(f"--output_dir {args.output_dir}: exists already")
+        if args.model and (args.committed or args.shrink > 1 or args.steps < 1):
+            raise ValueError("--model goes with --steps of at least 1, not with --committed or --shrink")
         torch.manual_seed(args.seed)
         if args.model:
             config = Config(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
                             warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
+            check_positions(source_model(config), config.max_context)
             bring_to_format(config, source_model(config), args.output_dir, args.seed)
         else:
             place_beside(args.output_dir).rmdir()

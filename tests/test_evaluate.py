@@ -92,7 +92,15 @@ def test_show_tokens_colours_the_whole_episode_by_class_and_hides_none_of_it(tin
 @pytest.mark.slow
 def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
+    steps, recomputes = bench._bench_steps, []
+
+    def watched(config, state, rounds):
+        recomputes.append(any("forward" in vars(module) for module in state.policy.modules()))
+        steps(config, state, rounds)
+
+    monkeypatch.setattr(bench, "_bench_steps", watched)
     out = printed(capsys, "--bench", "--model", tiny, *SHORT)
+    assert recomputes == [False]  # as the rivals' states do not
     ratios = [float(x) for x in re.findall(r": (\d+\.\d\d) \[", out)]
     assert len(ratios) == 16 and min(ratios) > 0.05
     share = float(re.search(r"reference pass takes: (\d\.\d\d)", out).group(1))

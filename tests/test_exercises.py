@@ -177,7 +177,7 @@ def test_the_flags_and_files_that_a_page_names_exist(page):
         assert (ROOT / path).exists() or path == "exercises/my_answer.py", path
 
 
-def test_show_prints_a_line_a_step_and_one_clear_line_for_what_does_not_exist(capsys):
+def test_show_prints_a_line_a_step_and_one_clear_line_for_what_does_not_exist(capsys, tmp_path):
     sys.path.append(str(EXERCISES))
     import show
 
@@ -186,5 +186,8 @@ def test_show_prints_a_line_a_step_and_one_clear_line_for_what_does_not_exist(ca
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [f"1 = {run}", f"2 = {run}"] and len(printed) == 33 and printed[32].split()[0] == "30"
     assert printed[2].split() == ["step", "success", "1", "kl_ref", "1", "success", "2", "kl_ref", "2"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')  # not finite; a kill came
+    assert show.main(["loss", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "-"]
     for arguments in (["success"], ["nothing", run], ["success", "nowhere"]):
         assert show.main(arguments) == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -10,6 +10,7 @@ from tiny import SMOKE, config, flags, lines
 import experiments
 import methods
 import train
+from config import Config, departures
 from envs import Episode
 from experiments import canonical, name_of
 from policy import load_model, load_tokenizer
@@ -242,10 +243,16 @@ def test_a_run_that_broke_down_is_kept_with_its_reason_and_a_mistake_is_not(smal
     breaks_down(monkeypatch, 1, "stopped: the gradient was not finite 5 times in a row (step 3)")
     assert "50.0 % after 0 steps, stopped: the gradient" in experiments.work_off(small)
     assert "not finite" in (folder / "failure.txt").read_text()
+    assert (experiments.WORK / name_of(small) / "failure.txt").exists()  # or --run would go on instead of anew
     about = {"config": train.asdict(experiments.planned(small))}
     about["model_sha256"] = train.checkpoint.weights_digest(experiments.MODELS / "tiny")
     (folder / "config.json").write_text(json.dumps(about))
     assert experiments.is_finished(folder, small)
+
+
+def test_class_means_of_mini_batches_are_another_setting_and_uniform_weights_have_none():
+    assert departures(Config(weights="class_mean", weight_stats="mini_batch")) == {"weight_stats": "mini_batch"}
+    assert departures(Config(weights="uniform", weight_stats="mini_batch", alpha=0.5)) == {}
 
 
 @pytest.mark.parametrize("arguments, part", [

@@ -292,7 +292,9 @@ def test_a_run_in_no_grid_is_under_other(again, tmp_path, monkeypatch):
     about = json.loads((made / "runs" / "by-hand" / "config.json").read_text())
     about["config"]["gamma"] = 0.5
     (made / "runs" / "by-hand" / "config.json").write_text(json.dumps(about))
-    report.write(made, {"main": [(name, None)], "tune": []}, {})
+    (made / "runs" / "half").mkdir()
+    shutil.copy(made / "runs" / name / "config.json", made / "runs" / "half")
+    assert "left out, as there is no eval.jsonl: half" in report.write(made, {"main": [(name, None)], "tune": []}, {})
     other = (made / "README.md").read_text().split("<!-- other -->")[1].split("<!-- /other -->")[0]
     assert "gamma 0.5" in other and "by-hand" in other
 

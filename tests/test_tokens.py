@@ -84,6 +84,13 @@ def tokenizer(request, tmp_path_factory):
     return AutoTokenizer.from_pretrained(smollm2.model_folder(tmp_path_factory.mktemp("cache")))
 
 
+def test_broken_bytes_behind_a_whole_one_add_no_text_and_stop_nothing():
+    tokenizer = unigram()
+    ids = tokenizer.convert_tokens_to_ids(["x", "<0x0A>", "<0xF0>", "x", "y"])
+    pieces = token_pieces(tokenizer, ids)
+    assert len(pieces) == 5 and pieces[:2] == ["x", "\n"] and pieces[2] == "" and "".join(pieces[3:]).endswith("xy")
+
+
 @pytest.mark.parametrize("text", RESPONSES)
 def test_a_token_is_action_where_a_character_of_it_is_executed(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -20,12 +20,14 @@ from tiny import SMOKE, assert_same_run, config, flags, lines, same_weights, wei
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import evaluate
 import methods
 import startup
 import train
 import warmstart
 from actfocus import policy_loss, token_weights
 from checkpoint import find_checkpoint
+from config import of_run
 from policy import load_tokenizer, opening_text
 from rollout import Batch
 
@@ -172,6 +174,48 @@ def test_a_finished_run_can_be_extended(finished, tmp_path):
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert find_checkpoint(folder).name == "checkpoint-5"
     assert checkpoint.read_config(folder)["max_steps"] == 5  # or a kill and a plain resume would end at 4
+
+
+HOLDS = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print('held', flush=True); input()"
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+def test_two_processes_do_not_train_in_one_folder(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    command = [sys.executable, "-c", HOLDS, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        capsys.readouterr()
+        assert resume(folder / "checkpoint-2") == 2
+        assert capsys.readouterr().err == f"error: {folder}: another process is training there\n"
+        assert len(lines(folder / "metrics.jsonl")) == 4
+        other.communicate("\n")
+    assert resume(folder / "checkpoint-2") == 0  # the lock ended with its process
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize("finished", ["grpo"], indirect=True)
+def test_a_copy_of_a_run_without_its_samples_and_evaluations_brings_its_settings_and_goes_on(finished, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(finished / "config.json", folder)
+    shutil.copytree(finished / "checkpoint-2", folder / "checkpoint-2")
+    config, found = evaluate.settings_of(folder / "checkpoint-2", {})
+    assert (config, found) == (of_run(folder), folder / "checkpoint-2")
+    assert resume(folder) == 0 and sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "step-2.txt", "step-4.txt"]
+
+
+def test_in_a_log_of_both_the_reason_of_an_end_stands_last(tmp_path, monkeypatch):
+    with (tmp_path / "log").open("a") as out, (tmp_path / "log").open("a") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        print("step 1")
+        train.complain("stopped: so it is")
+        err.flush()
+        monkeypatch.undo()
+        assert (tmp_path / "log").read_text() == "step 1\nstopped: so it is\n"
 
 
 @pytest.mark.parametrize("finished", ["grpo"], indirect=True)
@@ -755,6 +799,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_steps_of_a_warm_st
         assert line == f"error: {tmp_path}/file/new: cannot be written (Not a directory)"
 
 
+def test_a_warm_start_learns_no_more_of_a_transcript_than_a_run_can_read(tiny, tmp_path, monkeypatch):
+    seen, score = [], warmstart.score_tokens
+    monkeypatch.setattr(warmstart, "score_tokens", lambda model, tokens, mask: seen.append(tokens.shape[1]) or score(
+        model, tokens, mask))
+    run(tiny, tmp_path / "run", max_steps=0, warmstart_steps=2, cache_dir=tmp_path / "cache", max_context=300)
+    assert max(seen) == 300
+
+
 def test_any_model_is_taught_a_games_format_by_a_command(tiny, tmp_path, capsys):
     arguments = ["--model", str(tiny), "--env", "sudoku", "--steps", "1", "--output_dir", str(tmp_path / "new")]
     assert warmstart.main(arguments) == 0
@@ -762,7 +814,8 @@ def test_any_model_is_taught_a_games_format_by_a_command(tiny, tmp_path, capsys)
     assert not same_weights(tmp_path / "new", Path(tiny))
     elsewhere = [*arguments[:-1], str(tmp_path / "a")]
     for wrong, part in ((arguments, "exists"), ([*elsewhere, "--env", "chess"], "--env chess"),
-                        ([*elsewhere, "--model", "no/such"], "no/such")):
+                        ([*elsewhere, "--model", "no/such"], "no/such"), ([*elsewhere, "--steps", "0"], "--steps"),
+                        ([*elsewhere, "--committed"], "--committed"), ([*elsewhere, "--shrink", "2"], "--shrink")):
         assert warmstart.main(wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and part in line and not (tmp_path / "a").exists()
