@@ -76,7 +76,7 @@ def new_run(config: dict, device: str = "cpu") -> Path:
 
 
 def lock(run: Path) -> None:
-    """Keep other processes from training in a run folder as long as this one lives.
+    """Keep other processes from training in a run folder until `unlock`, or this process ends.
 
     Raises:
         ValueError: another one does so.
@@ -87,6 +87,12 @@ def lock(run: Path) -> None:
     except OSError:
         raise ValueError(f"{run}: another process is training there") from None
     LOCKS.append(handle)
+
+
+def unlock() -> None:
+    """Let others train in the folders that this process has locked."""
+    while LOCKS:
+        LOCKS.pop().close()
 
 
 def provenance(model: Path, device: str = "cpu") -> dict:

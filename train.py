@@ -268,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(advice(error), file=sys.stderr)
         return 2  # at once: the other ranks may be waiting for this one, and the launcher ends them
+    finally:
+        checkpoint.unlock()
 
 
 def launch(argv: Sequence[str] | None) -> int:
