@@ -69,9 +69,9 @@ def new_run(config: dict, device: str = "cpu") -> Path:
             (run / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {run}: cannot be written ({error.strerror})") from None
+    lock(run)
     about = {"config": config, **provenance(Path(config["model"]), device)}
     (run / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    lock(run)
     return run
 
 
@@ -81,12 +81,11 @@ def lock(run: Path) -> None:
     Raises:
         ValueError: another one does so.
     """
-    handle = (run / ".lock").open("w")
+    LOCKS.append((run / ".lock").open("w"))
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what POSIX has for a lock of another
         raise ValueError(f"{run}: another process is training there") from None
-    LOCKS.append(handle)
 
 
 def unlock() -> None:

@@ -209,8 +209,8 @@ def current(folder: Path, run: dict) -> Run | None:
 def is_finished(folder: Path, run: dict) -> bool:
     """Whether the run evaluated its last step, or broke down."""
     found = current(folder, run)
-    return found is not None and (
-        bool(found.failure) or any(line["step"] >= found.config.max_steps for line in found.evaluations))
+    return found is not None and any(
+        found.failure or line["step"] >= found.config.max_steps for line in found.evaluations)
 
 
 def work_off(run: dict, name: str = "", again: bool = False) -> str:
@@ -223,6 +223,7 @@ def work_off(run: dict, name: str = "", again: bool = False) -> str:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ["--output_dir", str(folder), *flags(run)]
+    (folder / "failure.txt").unlink(missing_ok=True)  # of an earlier try
     log = WORK / f"{name}.log"
     with log.open("a") as file:
         code = subprocess.run([sys.executable, str(HERE / "train.py"), *arguments], stdout=file, stderr=file,

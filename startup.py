@@ -44,10 +44,11 @@ def start_model(config: Config) -> str:
         return name
     env = build_env(config)
     how = (config.env, env_options(config), *(getattr(env, name) for name in BUDGETS), config.prompt_style,
-           config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
+           config.max_context, config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
     digest = hashlib.sha256(repr((name, weights_digest(Path(name)), *how)).encode()).hexdigest()[:8]
     folder = cache_folder(config) / f"{Path(name).name}-{config.env}-{digest}"
     if not folder.is_dir():  # one start for all seeds of a comparison
+        check_prompts(config, load_tokenizer(name))  # or responses that do not fit would teach nothing
         warmstart.bring_to_format(config, name, folder)
     return str(folder)
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from config import Config, Parser
+from config import Config, Parser, usual_settings
 from envs import Cell, Env, Episode, make_env
 from methods import build_env
 from policy import (
@@ -337,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="with --model: of 8 transcripts each")
     parser.add_argument("--learning_rate", type=float, default=Config.warmstart_learning_rate, help="with --model")
     parser.add_argument("--prompt_style", default=Config.prompt_style, help="with --model: brief or paper")
+    parser.add_argument("--max_context", type=int, help="with --model: tokens of a transcript; the game's by default")
     parser.add_argument("--dtype", default=Config.dtype, help="with --model: float32 or bfloat16")
     parser.add_argument("--cache_dir", default=Config.cache_dir, help="with --model smollm2: where it is converted")
     try:
@@ -349,8 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--model goes with --steps of at least 1, not with --committed or --shrink")
         torch.manual_seed(args.seed)
         if args.model:
-            config = Config(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
-                            warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
+            own = dict(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
+                       warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
+            own |= {} if args.max_context is None else {"max_context": args.max_context}
+            config = Config(**{**usual_settings("laptop", args.env, Config.algo), **own})
             check_positions(source_model(config), config.max_context)
             bring_to_format(config, source_model(config), args.output_dir, args.seed)
         else:

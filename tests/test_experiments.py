@@ -248,6 +248,8 @@ def test_a_run_that_broke_down_is_kept_with_its_reason_and_a_mistake_is_not(smal
     about["model_sha256"] = train.checkpoint.weights_digest(experiments.MODELS / "tiny")
     (folder / "config.json").write_text(json.dumps(about))
     assert experiments.is_finished(folder, small)
+    (folder / "eval.jsonl").unlink()
+    assert not experiments.is_finished(folder, small)  # copied half
 
 
 def test_class_means_of_mini_batches_are_another_setting_and_uniform_weights_have_none():

@@ -14,6 +14,7 @@ import evaluate
 import memory
 import smollm2
 import train
+import warmstart
 from checkpoint import find_checkpoint
 from config import Config
 from policy import check_positions, load_tokenizer, precision
@@ -301,6 +302,8 @@ def test_a_context_beyond_a_table_of_learned_positions_is_refused(tiny, tmp_path
         capsys.readouterr()
         assert train.main([*flags(model=tmp_path / "gpt2", max_context=513), *more]) == 2
         assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
+    assert warmstart.main(["--model", str(tmp_path / "gpt2"), "--output_dir", str(tmp_path / "taught")]) == 2
+    assert "1024" in capsys.readouterr().err and not (tmp_path / "taught").exists()
     check_positions(str(tmp_path / "gpt2"), 512)
     run = tmp_path / "run"
     assert train.main(flags(model=tmp_path / "gpt2", max_context=512, max_steps=0, output_dir=run)) == 0

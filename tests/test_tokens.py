@@ -87,8 +87,7 @@ def tokenizer(request, tmp_path_factory):
 def test_broken_bytes_behind_a_whole_one_add_no_text_and_stop_nothing():
     tokenizer = unigram()
     ids = tokenizer.convert_tokens_to_ids(["x", "<0x0A>", "<0xF0>", "x", "y"])
-    pieces = token_pieces(tokenizer, ids)
-    assert len(pieces) == 5 and pieces[:2] == ["x", "\n"] and pieces[2] == "" and "".join(pieces[3:]).endswith("xy")
+    assert token_pieces(tokenizer, ids) == ["x", "\n", "", "x", "y"]
 
 
 @pytest.mark.parametrize("text", RESPONSES)

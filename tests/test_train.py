@@ -192,6 +192,7 @@ def test_two_processes_do_not_train_in_one_folder(finished, tmp_path, capsys):
         assert len(lines(folder / "metrics.jsonl")) == 4
         other.communicate("\n")
     assert resume(folder / "checkpoint-2") == 0  # the lock ended with its process
+    assert not checkpoint.LOCKS  # and ours with its run
     assert_same_run(folder, finished)
 
 
@@ -805,6 +806,12 @@ def test_a_warm_start_learns_no_more_of_a_transcript_than_a_run_can_read(tiny, t
         model, tokens, mask))
     run(tiny, tmp_path / "run", max_steps=0, warmstart_steps=2, cache_dir=tmp_path / "cache", max_context=300)
     assert max(seen) == 300
+    run(tiny, tmp_path / "more", max_steps=0, warmstart_steps=2, cache_dir=tmp_path / "cache", max_context=310)
+    assert max(seen) == 310  # another length is another warm start
+    shutil.rmtree(tmp_path / "cache")
+    options = {"warmstart_steps": 2, "cache_dir": tmp_path / "cache", "max_context": 60}
+    assert train.main(flags(model=tiny, output_dir=tmp_path / "none", **options)) == 2
+    assert not (tmp_path / "cache").exists()  # a prompt fills it, so nothing could be taught
 
 
 def test_any_model_is_taught_a_games_format_by_a_command(tiny, tmp_path, capsys):
