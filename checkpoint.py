@@ -182,7 +182,7 @@ def check_start(run: Path, model: Path) -> None:
     Raises:
         ValueError: it names both digests.
     """
-    was = json.loads((run / "config.json").read_text(encoding="utf-8")).get("model_sha256")
+    was = read_about(run).get("model_sha256")
     if was and was != (now := weights_digest(model)):
         raise ValueError(f"{run} began with {model} of weights {was}, and these are {now} now: its reference is lost")
 
@@ -215,21 +215,20 @@ def step_of(path: Path) -> int | None:
 
 def update_config(run: Path, settings: dict) -> None:
     """Keep what a resumed run was given, or the next resume would not know of it."""
-    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    _replace(run / "config.json", json.dumps({**about, "config": settings}, indent=2) + "\n")
+    _replace(run / "config.json", json.dumps({**read_about(run), "config": settings}, indent=2) + "\n")
 
 
 def read_config(run: Path) -> dict:
     """The settings a run was started or last resumed with."""
-    if not is_run(run):
+    if "config" not in (about := read_about(run)):
         raise ValueError(f"{str(run)!r} is not a run folder: it has no config.json of a run")
-    return json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+    return about["config"]
 
 
-def is_run(folder: Path) -> bool:
-    """Whether it has a run's settings; a model's config.json is another."""
+def read_about(folder: Path) -> dict:
+    """What config.json says: of a run its settings as "config", and how it was made; a model's is another."""
     path = folder / "config.json"
-    return path.is_file() and "config" in json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
 def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
     """A folder's own settings under the flags that were given, and the folder of its model."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    if checkpoint.is_run(run):
+    if "config" in checkpoint.read_about(run):
         config = replace(of_run(run), **given)
         check_positions(config.model, config.max_context)
         return config, checkpoint.find_checkpoint(folder)

@@ -76,9 +76,9 @@ def agree(work: Callable):
     return result
 
 
-def on_first(work: Callable[[], None]) -> None:
-    """What only rank 0 does, as it writes; the others learn of it when that fails."""
-    agree(lambda: work() if rank() == 0 else None)
+def on_first(work: Callable):
+    """What only rank 0 does, as it writes; the others get None, and learn of it when that fails."""
+    return agree(lambda: work() if rank() == 0 else None)
 
 
 def total(numbers: dict[str, float]) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """A run folder as `Run`."""
     reason = folder / "failure.txt"
-    return Run(folder.name, of_run(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")),
+    return Run(folder.name, of_run(folder), checkpoint.read_about(folder),
                checkpoint.read_lines(folder / "eval.jsonl"), checkpoint.read_lines(folder / "metrics.jsonl"),
                reason.read_text(encoding="utf-8").strip() if reason.exists() else "")
 

@@ -203,6 +203,7 @@ def evaluate_step(config: Config, state: State, run: Path) -> dict:
         texts = [state.tokenizer.decode(row.tokens) + f"\nreturn {row.episode.return_:.1f}\n" for row in rows[:2]]
         (run / "samples").mkdir(exist_ok=True)
         (run / "samples" / f"step-{state.step}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+
     parallel.on_first(write)
     tqdm.write(f"evaluation at step {state.step}: {describe(result)}", file=sys.stdout)
     return result
@@ -285,7 +286,7 @@ def launch(argv: Sequence[str] | None) -> int:
         model = parallel.agree(lambda: start_model(config) if writes and not path else config.model)
         config = replace(config, model=parallel.gather(model)[0])
         state = parallel.agree(lambda: prepare(config, path))
-        run = parallel.agree(lambda: open_run(config, state, path) if writes else None)
+        run = parallel.on_first(lambda: open_run(config, state, path))
         run, evaluated = parallel.gather((run, writes and checkpoint.read_lines(run / "eval.jsonl")))[0]
     except (ValueError, OSError) as error:
         complain(f"error: {error}")

@@ -354,8 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                        warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
             own |= {} if args.max_context is None else {"max_context": args.max_context}
             config = Config(**{**usual_settings("laptop", args.env, Config.algo), **own})
-            check_positions(source_model(config), config.max_context)
-            bring_to_format(config, source_model(config), args.output_dir, args.seed)
+            name = source_model(config)
+            check_positions(name, config.max_context)
+            bring_to_format(config, name, args.output_dir, args.seed)
         else:
             place_beside(args.output_dir).rmdir()
             (commit_tiny if args.committed else make_tiny)(args.output_dir, args.seed, args.shrink)
