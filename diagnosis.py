@@ -101,12 +101,20 @@ def correlations(
     return rows
 
 
-def diagnose(config: Config, folder: Path, table: Path | None) -> None:
+def count_prompts(config: Config, asked: int | None) -> int:
+    """P: as many as asked for; by default PROMPTS, or all levels that there are."""
+    levels = count_levels(config)
+    if asked and asked > levels:
+        raise ValueError(f"--groups {asked}: {config.env} has {levels} evaluation levels")
+    return asked or min(PROMPTS, levels)
+
+
+def diagnose(config: Config, folder: Path, table: Path | None, prompts: int | None = None) -> None:
     """Print the diagnosis of a model, draw it, and append its rows to `table`."""
     of_run, step = folder.name.startswith("checkpoint-"), checkpoint.step_of(folder)
     if of_run and step is None:
         raise ValueError(f"{folder}: expected a checkpoint-N, whose name says the step")
-    rows, batch, signals = scored_rollouts(config, folder, min(PROMPTS, count_levels(config)))
+    rows, batch, signals = scored_rollouts(config, folder, count_prompts(config, prompts))
     success = torch.tensor([float(row.episode.success) for row in rows])
     named, kept = commitments(rows, load_tokenizer(str(folder)), config.env)
     masks = batch.is_action, batch.is_reasoning, batch.is_response, named

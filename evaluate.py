@@ -49,12 +49,15 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
     parser.add_argument("--csv", type=Path, metavar="TABLE", help="with --bottleneck: append its rows to this file")
+    parser.add_argument("--groups", type=int, metavar="P", help="with --bottleneck: so many groups, by default 256")
     parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
-    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv")
+    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv", "groups")
     todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder", given.get("model", str(TINY)))
     if todo["csv"] and not (todo["bottleneck"] and todo["csv"].parent.is_dir()):
         raise ValueError(f"--csv {todo['csv']}: goes with --bottleneck, and its folder must exist")
+    if todo["groups"] is not None and not (todo["bottleneck"] and todo["groups"] >= 3):
+        raise ValueError(f"--groups {todo['groups']}: goes with --bottleneck, which needs at least 3 groups")
     if todo["bench"]:
         given = {**BENCH.get(given.get("model"), {}), **given}
     if todo["beside"]:
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif todo["bench"]:
             bench(config)
         elif todo["bottleneck"]:
-            diagnosis.diagnose(config, folder, todo["csv"])
+            diagnosis.diagnose(config, folder, todo["csv"], todo["groups"])
         elif todo["html"]:
             sides = [(config, folder), *([todo["beside"]] if todo["beside"] else [])]
             print(f"page {todo['html']} ({viewer.write_page(todo['html'], sides) / 1000:.0f} kB)")

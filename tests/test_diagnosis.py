@@ -85,13 +85,13 @@ def test_rows_of_several_checkpoints_gather_in_one_table(tiny, run, tmp_path):
         assert spearman(*columns)[0] == pytest.approx(float(about["rho"]), nan_ok=True)
 
 
-@pytest.mark.parametrize("env, groups", [("webshop", 128), ("frozenlake", 256)])
-def test_a_diagnosis_has_256_groups_and_in_webshop_one_a_goal(monkeypatch, env, groups):
+@pytest.mark.parametrize("flags, groups", [("webshop", 128), ("frozenlake", 256), ("frozenlake --groups 5", 5)])
+def test_a_diagnosis_has_256_groups_and_in_webshop_one_a_goal_or_what_is_asked_for(monkeypatch, flags, groups):
     asked = []
     monkeypatch.setattr(diagnosis, "PROMPTS", 256)
     monkeypatch.setattr(diagnosis, "scored_rollouts", lambda *given: asked.append(given[2]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        diagnosis.diagnose(config(TINY, env=env), TINY, None)
+        evaluate.main([str(TINY), "--bottleneck", "--env", *flags.split()])
     assert asked == [groups]
 
 

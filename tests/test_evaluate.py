@@ -118,6 +118,9 @@ def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     (["--bench", "--algo", "ppo"], "--algo ppo --filter_fraction 1.0: --bench compares all"),
     (["MODEL", "--csv", "table.csv"], "--csv table.csv: goes with --bottleneck"),
     (["MODEL", "--bottleneck", "--csv", "nowhere/table.csv"], "its folder must exist"),
+    (["MODEL", "--groups", "9"], "--groups 9: goes with --bottleneck"),
+    (["MODEL", "--bottleneck", "--groups", "2"], "--groups 2: goes with --bottleneck, which needs at least 3 groups"),
+    (["MODEL", "--bottleneck", "--env", "webshop", "--groups", "129"], "--groups 129: webshop has 128 "),
 ])
 def test_a_mistake_is_one_line_and_code_2(tiny, tmp_path, capsys, arguments, part):
     capsys.readouterr()
