@@ -37,11 +37,12 @@ def weight_signal(name: str, reference: TokenScores, old_logp: Tensor) -> Tensor
 
 
 def class_mean_weights(is_action: Tensor, is_reasoning: Tensor) -> Tensor:
-    """(B, T): what makes Eq. (6) the mean of two means, over action and over reasoning tokens. Ours.
+    """(B, T): what makes Eq. (6) over these rows the mean of two means, over action and over reasoning tokens. Ours.
 
         wₜ = N / (2 N_act)  t ∈ 𝓣_act        wₜ = N / (2 N_reason)  t ∈ 𝓣_reason        N = N_act + N_reason
 
-    Each class has half of Σ w, and their mean is 1. It is α = N_act / N_reason, β = 0, up to a common factor.
+    Each class has half of Σ w, and their mean is 1; in a mini-batch of other shares nearly so.
+    It is α = N_act / N_reason, β = 0, up to a common factor.
 
     Args:
         is_action, is_reasoning: (B, T) bool, disjoint.

@@ -113,5 +113,6 @@ def result(claim: Claim, found: Sequence[Sequence[Run]]) -> dict:
     elif enough:
         difference = pooled_difference([np.subtract(*compared(pairs)[claim.measure]) for pairs in by_game])
     both = [(difference["low"], difference["high"]), (difference["student_low"], difference["student_high"])]
+    tested = enough and (difference["low"], difference["high"]) != (0, 0)  # no seed differs: nothing to compare
     return {"seeds": ", ".join(" ".join(str(run.config.seed) for run, _ in pairs) or "none" for pairs in by_game),
-            **difference, "verdict": verdict(claim, both) if enough else "not tested"}
+            **difference, "verdict": verdict(claim, both) if tested else "not tested"}

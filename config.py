@@ -88,19 +88,19 @@ class Config:
     max_actions: int = within(0, HUGE, 0)  # actions an episode, 0: the environment's own, §5.1
     format_penalty: float = within(0, HUGE, 0.1)  # taken from the return for an invalid turn, §5.1
     success_rate: float = within(ABOVE_0, 1, 1.0)  # FrozenLake: probability that a move goes where it is meant to; ours
-    frozen: float = within(0, 1, 0.8)  # FrozenLake: probability of ice
+    frozen: float = within(0, 1, 0.8)  # FrozenLake: probability p of ice; ours, the paper's is not said
     coordinates: bool = True  # Sokoban: positions as text above the grid; ours, for the tiny model
-    sudoku_level: str = one_of(*GIVENS, default="easy")  # Sudoku: easy has 10 givens, medium 9, hard 6
-    hints: bool = True  # Sudoku: the legal digits of every blank below the board
+    sudoku_level: str = one_of(*GIVENS, default="easy")  # Sudoku: easy has 10 givens (ours), medium 9, hard 6
+    hints: bool = True  # Sudoku: the legal digits of every blank below the board; ours
     webshop_data: str = ""  # WebShop: folder of the official files; by default the built-in shop
-    results_per_page: int = within(1, 50, 10)  # WebShop: results a page
-    title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that are shown, 0: all
-    webshop_strict: bool = False  # WebShop: the reward is 1 for a score of 1 and else 0, instead of the score
+    results_per_page: int = within(1, 50, 10)  # WebShop: results a page, as in WebShop
+    title_words: int = within(0, HUGE, 0)  # WebShop: words of a title that are shown, 0: all; ours
+    webshop_strict: bool = False  # WebShop: the reward is 1 for a score of 1 and else 0, instead of the score; ours
     short_pages: bool = True  # WebShop: every button once, the goal on the search page only; ours, for the tiny model
     eval_steps: int = within(1, HUGE, 5)  # steps between evaluations; ours, paper 10
     eval_prompts: int = within(1, HUGE, 128)  # fixed evaluation levels; ours, paper 32
     eval_samples: int = within(1, HUGE, 1)  # samples a level; ours, paper 16
-    eval_first: int = within(0, HUGE, 0)  # the first evaluation level; another than 0 where rates are tuned
+    eval_first: int = within(0, HUGE, 0)  # the first evaluation level; another than 0 where rates are tuned; ours
     eval_temperature: float = within(ABOVE_0, HUGE, 0.5)  # of evaluation, §5.1
     save_steps: int = within(1, HUGE, 10)  # steps between checkpoints; ours
     output_dir: str = ""  # run folder; by default a new one under runs/

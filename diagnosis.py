@@ -28,7 +28,7 @@ from config import Config
 from energy import SIGNALS, action_bottleneck, group_means, group_spread, partial_spearman, spearman
 from methods import count_levels, make_episodes, rollout_settings
 from policy import load_model, load_tokenizer, pad, pick_device, precision, shared_tokenizer
-from rollout import Batch, Trajectory, rollout, token_pieces
+from rollout import Batch, Trajectory, load_policy, rollout, token_pieces
 from tables import append_rows
 from train import score_batch
 from warmstart import COMMITTED
@@ -45,7 +45,7 @@ def scored_rollouts(config: Config, folder: Path, prompts: int) -> tuple[list[Tr
     exactly 0; those of the rollout differ in the last bits, and ranks would take that for a signal.
     """
     device, tokenizer, chunk = pick_device(config.device), shared_tokenizer(str(folder), config.model), 16
-    policy, reference = (load_model(name, device) for name in (str(folder), config.model))
+    policy, reference = load_policy(str(folder), device), load_model(config.model, device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for first in range(0, prompts, chunk):
         levels = range(config.eval_first + first, config.eval_first + min(first + chunk, prompts))

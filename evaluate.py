@@ -3,9 +3,9 @@
     python evaluate.py runs/NAME                    # success, 95 % interval, random floor, oracle ceiling
     python evaluate.py runs/NAME --show_tokens      # two episodes, every token coloured by class and weight
     python evaluate.py runs/NAME --html page.html   # the same as a page, with the numbers of every token (viewer.py)
-    python evaluate.py --floors                     # random floor and oracle ceiling of every environment
+    python evaluate.py --floors                     # random floor and oracle ceiling of every game, or of --env
     python evaluate.py --plot runs/A runs/B         # learning curves and gradient mass of several runs, and a table
-    python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1 on this model
+    python evaluate.py models/tiny --bottleneck     # Figures 1-2 of arXiv:2605.14558v1; fewer than 256 --groups 64
     python evaluate.py --bench                      # how fast, as ratios measured in one run
     python evaluate.py --bench --model smollm2      # the same with 135 M parameters, and the memory of an update
 
@@ -31,8 +31,8 @@ from envs import ENVS, oracle_player, random_player
 from memory import advice, is_out_of_memory
 from methods import env_options
 from metrics import describe
-from policy import TINY, check_positions, load_model, load_tokenizer, pick_device
-from rollout import token_pieces
+from policy import TINY, check_positions, load_tokenizer, pick_device
+from rollout import load_policy, token_pieces
 from startup import start_model
 from train import evaluate_player, evaluate_policy
 
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     for name, what in (("show_tokens", "print two episodes, every token coloured by class and weight"),
                        ("bottleneck", "Figures 1 and 2: does a class's energy go with the spread of returns?"),
                        ("bench", "time and memory, as ratios to bare work of the same model"),
-                       ("floors", "random player and oracle on all four games")):
+                       ("floors", "random player and oracle on all four games, or on --env")):
         parser.add_argument(f"--{name}", action="store_true", default=False, help=what)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="curves, gradient mass, table of these")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write two episodes with all numbers of every token")
@@ -54,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     given = vars(parser.parse_args(argv))
     names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv", "groups")
     todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder", given.get("model", str(TINY)))
+    if len(actions := [f"--{name}" for name in names[:6] if todo[name]]) > 1:
+        raise ValueError(f"{' '.join(actions)}: one at a time")
     if todo["csv"] and not (todo["bottleneck"] and todo["csv"].parent.is_dir()):
         raise ValueError(f"--csv {todo['csv']}: goes with --bottleneck, and its folder must exist")
     if todo["groups"] is not None and not (todo["bottleneck"] and todo["groups"] >= 3):
@@ -65,7 +67,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
             raise ValueError("--beside: needs --html PAGE, the page to write")
         todo["beside"] = settings_of(Path(todo["beside"]), given)
     if todo["floors"]:
-        todo["floors"] = [settings_of(Path(folder), {**given, "env": env})[0] for env in ENVS]
+        games = [given["env"]] if "env" in given else ENVS
+        todo["floors"] = [settings_of(Path(folder), {**given, "env": env})[0] for env in games]
     return todo, *settings_of(Path(folder), given)
 
 
@@ -79,12 +82,12 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
     name, env, algo = given.get("model", str(folder)), given.get("env", Config.env), given.get("algo", Config.algo)
     config = Config(**{**usual_settings("laptop", env, algo, name), **given, "model": name})
     started = start_model(config)
-    return replace(config, model=started), Path(started) if str(folder) == name else folder
+    return replace(config, model=started), Path(started) if folder == Path(name) else folder
 
 
 def report(config: Config, folder: Path) -> None:
     """Success on the evaluation levels beside what chance and the solver reach there."""
-    policy = load_model(str(folder), pick_device(config.device))
+    policy = load_policy(str(folder), pick_device(config.device))
     result, _ = evaluate_policy(config, policy, load_tokenizer(str(folder)))
     options = ", ".join(f"{name} {value}" for name, value in env_options(config).items())
     print(f"{config.env}, temperature {config.eval_temperature}, {options}, {folder}")

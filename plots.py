@@ -1,7 +1,7 @@
 """Figures, drawn from run folders and result dictionaries alone."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -21,14 +21,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def learning_curves(
     runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None,
-    side_by_side: bool = True,
+    side_by_side: bool = True, names: Mapping[Path, str] | None = None,
 ) -> Path:
-    """Success against step, a panel for every (env, algo), a colour for every other setting.
+    """Success against step, a panel for every (env, algo), a colour for every other setting, or for each of `names`.
 
     Several seeds: their mean and its 95 % interval. One run: evaluations with intervals over its training rollouts.
     Not side by side: one panel for all algos of an env, and of every curve nothing but the mean.
     """
-    settings = _by_setting(runs)
+    settings = _by_setting(runs, names)
     if not side_by_side:
         settings = {(env, "", f"{algo}, {label}"): members for (env, algo, label), members in settings.items()}
     panels, labels = sorted({key[:2] for key in settings}), sorted({key[2] for key in settings})
@@ -55,8 +55,10 @@ def learning_curves(
     return _save(figure, path)
 
 
-def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
-    """Runs that differ in seed only, under (env, algo, label): its weights, and what else tells it apart."""
+def _by_setting(
+    runs: Sequence[Path], names: Mapping[Path, str] | None = None
+) -> dict[tuple[str, str, str], list[Path]]:
+    """Runs that differ in seed only, under (env, algo, label): its name, or weights and what else tells it apart."""
     alike: dict[tuple, dict[Path, set]] = {}
     for run in runs:
         config = of_run(run)
@@ -66,7 +68,8 @@ def _by_setting(runs: Sequence[Path]) -> dict[tuple[str, str, str], list[Path]]:
         common = set.intersection(*members.values())
         for run, own in members.items():
             rest = sorted(f"{name} {value}" for name, value in own - common)
-            groups.setdefault((env, algo, ", ".join([weights, *rest])), []).append(run)
+            label = names[run] if names else ", ".join([weights, *rest])
+            groups.setdefault((env, algo, label), []).append(run)
     return dict(sorted(groups.items()))
 
 

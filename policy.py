@@ -72,7 +72,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: torch cannot compute there ({_one_line(error)})") from None
+        raise ValueError(f"--device {name}: torch cannot compute there ({one_line(error)})") from None
     return device
 
 
@@ -125,13 +125,20 @@ def outline(name: str) -> PreTrainedModel:
 
 
 def check_positions(name: str, max_context: int) -> None:
-    """Refuse contexts that are longer than a model's table of learned positions; rotary ones have no end.
+    """Refuse contexts that are longer than a model's table of learned positions, or than its attention reaches back.
+
+    Rotary positions have no end. A sliding window would be there in training, and not in rollouts, whose mask is whole.
 
     Raises:
         ValueError: it names both lengths.
     """
     model = outline(name)
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", max_context)
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]  # where all are alike, none is named
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or max_context
+    if window < max_context and any(kind.startswith(("sliding", "chunked")) for kind in layers):
+        raise ValueError(f"--max_context {max_context}: attention of {name} reaches {window} tokens back")
+    known = getattr(config, "max_position_embeddings", max_context)
     tables = [part.num_embeddings for part in model.modules()
               if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()]
     if known < max_context and any(size >= known for size in tables):
@@ -186,10 +193,10 @@ def _load(cls: type, name: str, **options):
         return cls.from_pretrained(name, **options)
     except Exception as error:  # a broken file shows as one of many: safetensors', json's, torch's, the hub's
         kind = "folder" if Path(name).is_dir() else "hub name, which needs a network"
-        raise ValueError(f"cannot load model {name!r} ({kind}): {_one_line(error)}") from None
+        raise ValueError(f"cannot load model {name!r} ({kind}): {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 200, placeholder=" …")
 
 
@@ -228,7 +235,7 @@ def becoming(folder: Path, temporary: Path) -> Iterator[None]:
             os.replace(temporary, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # one kind each of files, torch and safetensors
         free = shutil.disk_usage(folder.parent).free / 1e6
-        raise OSError(f"{folder}: cannot be written with {free:,.0f} MB free ({_one_line(error)})") from None
+        raise OSError(f"{folder}: cannot be written with {free:,.0f} MB free ({one_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -238,7 +245,10 @@ def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> 
     if tokenizer.chat_template is None:
         return f"{system}\n{user}\n"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return _render(tokenizer, messages)
+    text = _render(tokenizer, messages)
+    if system.strip() not in text:
+        raise ValueError("the chat template leaves out the system turn, in which the rules are")
+    return text
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
@@ -258,7 +268,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:  # it is wrong, or has no system turn
-        raise ValueError(f"the chat template cannot be followed: {_one_line(error)}") from None
+        raise ValueError(f"the chat template cannot be followed: {one_line(error)}") from None
 
 
 def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, temperature: float = 1.0) -> TokenScores:

@@ -48,7 +48,7 @@ Pair = tuple[str, str | None]  # names of a run and of the one it is compared wi
 GRIDS = ("defaults", "main", "long", "slippery", "ablation", "tags", "rates", "committed", "rivals", "lambda", "other")
 PICTURES = {  # each at the top of its part of the page, with what it shows
     "defaults": ("defaults.png", "Learning curves of the defaults on each game"),
-    "main": ("learning.png", "Learning curves of PPO and GRPO, with ActFocus and with uniform weights"),
+    "main": ("learning.png", "Learning curves of PPO and GRPO: ActFocus, uniform weights at its rate and at their own"),
     "rivals": ("rivals.png", "Learning curves of the seven methods"),
     "differences": ("differences.png", "Paired differences in final success, with intervals"),
     "diagnosis": ("diagnosis.png", "Correlation of energy and spread of returns along training"),
@@ -87,11 +87,12 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     parts["main"] += pooled_table(pooled)
     parts |= {"tuning": tuning_table(tuning), "diagnosis": diagnosis_table(diagnosis) + difficulty_table(of_levels),
               "claims": claims_table(tests), "differences": []}
-    drawn = figures(results, members, differences, diagnosis) + figure_2(results, diagnosis, of_levels)
+    uniform = [run for run in members.get("rates", []) if run.config.weights == "uniform"]
+    names = curve_names(members["main"], uniform)
+    drawn = figures(results, members, names, differences, diagnosis) + figure_2(results, diagnosis, of_levels)
     for name, (picture, shows) in PICTURES.items():
         if results / picture in drawn:
             parts[name] = [f"![{shows}]({picture})", "", *parts[name]]
-    uniform = [run for run in members.get("rates", []) if run.config.weights == "uniform"]
     front = {"main": result_rows({run.name: run for run in members["main"] + uniform}.values())}
     for page, tables in ((results / "README.md", parts), (results.parent / "README.md", front)):
         page.write_text(fill(page.read_text(encoding="utf-8"), tables, page), encoding="utf-8")
@@ -99,12 +100,15 @@ def write(results: Path, grids: dict[str, list[Pair]], tuning: dict[tuple, dict]
     return [f"{len(runs)} runs, tables in {results}", *left_out, *(f"plot {path}" for path in drawn)]
 
 
-def figures(results: Path, members: dict[str, list[Run]], differences: list[dict], diagnosis: list[dict]) -> list[Path]:
+def figures(
+    results: Path, members: dict[str, list[Run]], names: dict[str, str], differences: list[dict], diagnosis: list[dict]
+) -> list[Path]:
     """Learning curves of three grids, gradient mass, paired differences of all grids, the diagnosis along training."""
     folders = {grid: [results / "runs" / run.name for run in runs] for grid, runs in members.items()}
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
+    names = {results / "runs" / name: called for name, called in names.items()}
     drawn = {"defaults": (folders.get("defaults"), plots.learning_curves),
-             "main": (folders["main"], plots.learning_curves),
+             "main": ([*names], partial(plots.learning_curves, names=names)),
              "rivals": (folders.get("rivals"), partial(plots.learning_curves, side_by_side=False)),
              "differences": (final, plots.differences), "diagnosis": (diagnosis, plots.diagnosis)}
     wanted = [(*drawn[name], picture) for name, (picture, _) in PICTURES.items()]
@@ -112,6 +116,15 @@ def figures(results: Path, members: dict[str, list[Run]], differences: list[dict
     for _, _, picture in wanted:
         (results / picture).unlink(missing_ok=True)
     return [path for rows, draw, picture in wanted if rows and (path := draw(rows, results / picture))]
+
+
+def curve_names(runs: Sequence[Run], uniform: Sequence[Run]) -> dict[str, str]:
+    """What the main picture calls a run: ActFocus, or uniform weights at its rate or at their own tuned one."""
+    rates = {run.setting[:2]: run.config.learning_rate for run in runs if run.config.weights == "actfocus"}
+    same = [run for run in [*runs, *uniform] if rates.get(run.setting[:2]) == run.config.learning_rate]
+    names = {run.name: "uniform weights, their own tuned rate" for run in runs}
+    names |= {run.name: "uniform weights, ActFocus' rate" for run in same}
+    return names | {run.name: "ActFocus" for run in runs if run.config.weights == "actfocus"}
 
 
 def figure_2(results: Path, diagnosis: list[dict], groups: list[dict]) -> list[Path]:

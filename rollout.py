@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from actfocus import answer_span, classify_tokens
 from envs import Episode
-from policy import opening_text, pad, turn_text
+from policy import load_model, one_line, opening_text, pad, turn_text
 
 
 class PromptTooLong(ValueError):
@@ -224,6 +224,35 @@ class Engine:
         return self.model.get_output_embeddings()(hidden[torch.arange(len(last), device=device), last]).float()
 
 
+def load_policy(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A model as `load_model` gives it, of which it is sure that an `Engine` writes what the model says.
+
+    Raises:
+        ValueError: it does not, as recurrent layers do not, nor attention that does not know masks of true and false.
+    """
+    model = load_model(name, device)
+    try:
+        known = _engine_agrees(model)
+    except Exception as error:
+        raise ValueError(f"cannot use model {name!r}: rollouts fail with it ({one_line(error)})") from None
+    if not known:
+        raise ValueError(f"cannot use model {name!r}: it does not follow the rollouts' masks or positions")
+    return model
+
+
+@torch.no_grad()
+def _engine_agrees(model: PreTrainedModel) -> bool:
+    """Whether two rows of unlike lengths, read and then written, have the logits of a pass without cache and mask."""
+    rows = [[i % model.get_input_embeddings().num_embeddings for i in range(length)] for length in (9, 6)]
+    engine = Engine(model)
+    engine.forward([row[:-3] for row in rows], 0, [0, 0])
+    engine.cache.expand(torch.arange(2), 9)
+    for left in (3, 2, 1):
+        logits = engine.forward([[row[-left]] for row in rows], 0, [len(row) - left for row in rows])
+    plain = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1] for row in rows]
+    return torch.allclose(logits, torch.stack(plain).float(), rtol=1e-3, atol=1e-2)
+
+
 def rollout(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode],
     generator: torch.Generator | None, temperature: float = 1.0, max_response_tokens: int = 96,
@@ -330,14 +359,22 @@ def _write(rows, logits, temperature, draw, may_end, tokenizer, max_response_tok
 
 
 def _has_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
-    return ids[-1] == tokenizer.eos_token_id or "</answer>" in tokenizer.decode(ids)
+    return ids[-1] in _ends_turn(tokenizer) or "</answer>" in tokenizer.decode(ids)
+
+
+@lru_cache(maxsize=1)
+def _ends_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The eos token, and the special one that the chat template puts after a response, where that is another."""
+    first = tokenizer.encode(turn_text(tokenizer, ""), add_special_tokens=False)[0]
+    added = tokenizer.added_tokens_decoder
+    return {tokenizer.eos_token_id} | ({first} if first in added and added[first].special else set())
 
 
 @lru_cache(maxsize=1)  # 0.4 s with 150,000 tokens, and CARL asks in every round
 def _may_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens after which a response can be over; only there is text looked at."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return {i for i, text in enumerate(texts) if ">" in text} | {tokenizer.eos_token_id}
+    return {i for i, text in enumerate(texts) if ">" in text} | _ends_turn(tokenizer)
 
 
 def _answer(text: str) -> str | None:
@@ -348,7 +385,7 @@ def _answer(text: str) -> str | None:
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int) -> list[int]:
     """The tokens between two responses; the end-of-turn token is not said twice."""
     ids = tokenizer.encode(turn_text(tokenizer, message), add_special_tokens=False)
-    return ids[1:] if last == tokenizer.eos_token_id and ids[0] == last else ids
+    return ids[1:] if last in _ends_turn(tokenizer) and ids[0] == last else ids
 
 
 def _move(engine: Engine, order: list[Trajectory], source: int, target: int) -> None:

@@ -32,7 +32,7 @@ from policy import (
     trainable,
     turn_text,
 )
-from rollout import token_pieces
+from rollout import load_policy, token_pieces
 from smollm2 import cache_folder, source_model
 
 
@@ -57,7 +57,7 @@ def build_state(config: Config) -> State:
     """Policy, frozen reference and critic, all of one model; Adam as in the paper."""
     device, tokenizer = pick_device(config.device), load_tokenizer(config.model)
     check_prompts(config, tokenizer)
-    policy = load_model(config.model, device)
+    policy = load_policy(config.model, device)
     set_up_learning(config, policy)
     reference = AdapterOff(policy) if config.lora_rank else load_model(config.model, device).requires_grad_(False)
     critic = build_critic(config, device) if config.algo in CRITIC else None

@@ -27,7 +27,7 @@ from checkpoint import STATE, State
 from config import CRITIC, Config
 from methods import METHODS, env_options
 from policy import load_model, pick_device, shared_tokenizer
-from rollout import Batch, Trajectory, token_pieces
+from rollout import Batch, Trajectory, load_policy, token_pieces
 from startup import build_critic
 from train import score_batch, weigh
 
@@ -74,7 +74,8 @@ def load_state(config: Config, folder: Path) -> State:
         if "critic" in saved:  # not where --algo was changed
             critic = build_critic(config, pick_device(config.device))
             critic.load_state_dict(saved["critic"])
-    policy, reference = (load_model(name, pick_device(config.device)) for name in (str(folder), config.model))
+    device = pick_device(config.device)
+    policy, reference = load_policy(str(folder), device), load_model(config.model, device)
     return State(policy, reference, tokenizer, None, torch.Generator().manual_seed(config.seed), critic)
 
 

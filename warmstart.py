@@ -45,7 +45,7 @@ from policy import (
     score_tokens,
     turn_text,
 )
-from rollout import token_pieces
+from rollout import load_policy, token_pieces
 from smollm2 import source_model
 
 GAMES = {"frozenlake": {}, "sokoban": {"coordinates": True}, "sudoku": {},
@@ -305,7 +305,7 @@ def bring_to_format(config: Config, name: str, folder: Path, seed: int = 0) -> N
 
     place_beside(folder).rmdir()  # now, or all steps are lost in the end
     game, steps, learning_rate = config.env, config.warmstart_steps, config.warmstart_learning_rate
-    model, tokenizer = load_model(name, pick_device(config.device)), load_tokenizer(name)
+    model, tokenizer = load_policy(name, pick_device(config.device)), load_tokenizer(name)
     print(f"warm start of {name} on {game}: {steps} steps of {ROWS_OF_ONE} transcripts at {learning_rate:g}")
     train(model, tokenizer, [{game: SKILL_OF_ONE}] * steps, learning_rate, seed, {game: ROWS_OF_ONE}, config.dtype,
           write, config.max_context)

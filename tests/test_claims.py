@@ -41,6 +41,8 @@ def test_a_claim_is_tested_with_five_pairs_of_webshop_three_and_games_only_toget
     shop = [make_runs("actfocus", finals[:3], "webshop"), make_runs("uniform", lower[:3], "webshop")]
     for found in (five, shop):
         assert result(GAIN, found)["verdict"] == "holds"
+    same = result(GAIN, [five[0], make_runs("uniform", finals)])
+    assert same["verdict"] == "not tested" and same["mean"] == 0 and same["of"] == 5
     four = result(GAIN, [five[0][:4], five[1]])
     assert four["verdict"] == "not tested" and four["seeds"] == "0 1 2 3" and four["mean"] == pytest.approx(0.2125)
     both = result(GAIN, [*five, *shop])

@@ -114,6 +114,7 @@ def test_bench_prints_every_ratio(tiny, capsys, monkeypatch):
     (["--plot", "missing"], "'missing' is not a run folder"),
     (["--env", "chess"], "--env chess"),
     (["--bogus"], "--bogus"),
+    (["MODEL", "--show_tokens", "--html", "page.html"], "--show_tokens --html: one at a time"),
     (["MODEL", "--show_tokens", "--max_context", "60"], "leaves no room"),
     (["--bench", "--algo", "ppo"], "--algo ppo --filter_fraction 1.0: --bench compares all"),
     (["MODEL", "--csv", "table.csv"], "--csv table.csv: goes with --bottleneck"),
@@ -128,6 +129,18 @@ def test_a_mistake_is_one_line_and_code_2(tiny, tmp_path, capsys, arguments, par
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and part in error[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_floors_of_one_game_alone(capsys):
+    lines = printed(capsys, "--floors", "--env", "sokoban", "--eval_prompts", "12").splitlines()
+    assert [line.split(",")[0].strip() for line in lines] == ["sokoban", "sokoban"]
+
+
+def test_a_model_is_taught_and_evaluated_however_its_path_is_written(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "start_model", lambda config: "taught")
+    for name in (str(tiny), f"{tiny}/"):
+        _, settings, folder = evaluate.parse(["--model", name, "--warmstart_steps", "1"])
+        assert (settings.model, folder) == ("taught", Path("taught"))
 
 
 def test_a_run_without_an_evaluation_is_not_plotted(tiny, tmp_path, capsys):

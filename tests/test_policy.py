@@ -266,6 +266,14 @@ def test_with_a_chat_template_the_pieces_join_to_the_full_rendering(tiny):
     assert turn_text(tokenizer, "go") == "<|im_end|>\n<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_chat_template_that_leaves_out_the_rules_is_refused(tiny):
+    silent = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+    with pytest.raises(ValueError, match="leaves out the system turn"):
+        opening_text(templated(tiny, silent), "rules", "state")
+    trimmed = CHATML.replace("m.content }}", "m.content.strip() }}")
+    assert "rules" in opening_text(templated(tiny, trimmed), "rules\n", "state")
+
+
 @pytest.mark.parametrize("template", [FORGETFUL, PREFILLED])
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tiny, template):
     with pytest.raises(ValueError, match="rewrites earlier turns"):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import energy
 import train
@@ -141,3 +142,18 @@ def test_a_function_that_does_not_name_its_equation_any_more_is_noticed(monkeypa
 def test_a_new_metric_without_a_row_is_noticed(keys):
     with pytest.raises(AssertionError):
         check_glossary(README, keys | {"new_metric"})
+
+
+def test_the_three_calls_for_a_loop_of_ones_own_run_as_they_are_printed():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    texts = ["<think>", "ice", "</think>", "<answer>", "Down", "</answer>"]
+    logp = torch.randn(1, 6, requires_grad=True)
+    mine = {"pieces": texts, "reference_logits": torch.randn(1, 6, 9), "logp": logp, "old_logp": logp.detach(),
+            "advantages": torch.ones(1)}
+    one_response, rest = code.split("energy = ")
+    exec(one_response, mine)
+    mine |= {name: mine[name][None] for name in ("is_reasoning", "is_action")}  # a batch of one
+    exec("energy = " + rest, mine)
+    mine["loss"].backward()
+    assert mine["weights"].tolist() == [pytest.approx([0.1] * 4 + [1.25, 0.1])]  # one action token: its own mean
+    assert logp.grad.tolist() == [pytest.approx([-0.1 / 1.75] * 4 + [-1.25 / 1.75, -0.1 / 1.75])]

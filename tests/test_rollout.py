@@ -8,14 +8,24 @@ import torch
 from tiny import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import rollout as module
 from actfocus import policy_loss
 from contrib.responses import response_classes
 from envs import Episode, make_env
 from policy import TINY, load_model, load_tokenizer, score_tokens
-from rollout import Batch, Engine, Trajectory, rollout, token_pieces
+from rollout import Batch, Engine, Trajectory, load_policy, rollout, token_pieces
 
 pytest_plugins = ["tiny"]
 
@@ -25,11 +35,11 @@ TURN = {GO: THINK, THINK: HM, HM: UNTHINK, UNTHINK: ANSWER, ANSWER: UP, UP: UNAN
 RESPONSE = [THINK, HM, UNTHINK, ANSWER, UP, UNANSWER]
 
 
-def ten_words(template=None):
+def ten_words(template=None, eos="<|end|>"):
     """A tokenizer whose end-of-turn token is its padding token, and the 0 that tensors are padded with."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="go"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>",
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token="<|end|>",
                                    chat_template=template)
 
 
@@ -92,6 +102,29 @@ def gap(model, rows, temperature):
     batch = Batch.of(rows)
     logp = score_tokens(model, batch.tokens, batch.is_response, temperature).logp
     return (logp - batch.old_logp).abs().max().item()
+
+
+SHAPE = {"vocab_size": 50, "initializer_range": 0.3}
+LLAMAS = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "num_key_value_heads": 2}
+GPTS = {**SHAPE, "n_embd": 32, "n_layer": 2, "n_head": 2}
+
+
+@pytest.mark.parametrize("config, why", [
+    (Qwen2Config(**LLAMAS), None), (MistralConfig(**LLAMAS), None), (GPT2Config(**GPTS), None),
+    (GPTJConfig(**GPTS, rotary_dim=8), "it does not follow the rollouts' masks or positions"),  # True is 1, False 0
+    (BloomConfig(**SHAPE, hidden_size=32, n_layer=2, n_head=2), "rollouts fail with it"),
+    (MambaConfig(**SHAPE, hidden_size=32, num_hidden_layers=2, state_size=4), "rollouts fail with it"),
+], ids=lambda given: getattr(given, "model_type", ""))
+def test_a_model_that_an_engine_cannot_drive_is_refused(config, why, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if why is None:
+        load_policy(str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=why) as caught:
+        load_policy(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -206,13 +239,14 @@ def test_with_pad_equal_to_eos_the_sampled_stop_token_is_trained():
     assert logp.grad[0, 4] < 0 and (logp.grad[0, 5:] == 0).all()
 
 
-def test_the_end_of_turn_token_is_said_once():
+@pytest.mark.parametrize("eos", ["<|end|>", "Down"])  # base models' eos is another token than their template's
+def test_the_end_of_turn_token_ends_a_response_and_is_said_once(eos):
     template = (
         "{% for m in messages %}{{ 'go ' if m.role == 'assistant' }}{{ m.content }} <|end|> {% endfor %}"
         "{{ 'go ' if add_generation_prompt }}"
     )
     for chain, response in ((TURN, RESPONSE), ({GO: THINK, THINK: HM, HM: END}, [THINK, HM, END])):
-        (row,) = play(Chain(chain), [Game("Reward:")], ten_words(template))
+        (row,) = play(Chain(chain), [Game("Reward:")], ten_words(template, eos))
         end = [] if response[-1] == END else [END]
         assert row.tokens == [GO, END, GO, END, GO, *response, *end, REWARD, END, GO, *response]
 

@@ -8,7 +8,15 @@ import shutil
 import pytest
 import torch
 from tiny import flags, llama
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
 
 import evaluate
 import memory
@@ -233,7 +241,8 @@ def spoil(folder, how):
     elif how == "layers that the config lacks":
         settings["num_hidden_layers"] = 1
     elif how == "template that rewrites":
-        (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}{% if loop.last or loop.first %}{{ m.content }}{% endif %}{% endfor %}")
     elif how == "template that breaks":
         (folder / "chat_template.jinja").write_text("{% for m in messages %}")
     elif how == "template without a system turn":
@@ -311,6 +320,24 @@ def test_a_context_beyond_a_table_of_learned_positions_is_refused(tiny, tmp_path
     assert evaluate.main([str(run), "--max_context", "513"]) == 2
     assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
     check_positions(str(tiny), 4096)  # its 1,024 are of a rotary table, which has no end
+
+
+@pytest.mark.parametrize("config, window", [
+    (MistralConfig(sliding_window=300), 300), (MistralConfig(sliding_window=None), None),
+    (Qwen2Config(sliding_window=300, use_sliding_window=True, max_window_layers=0), 300), (Qwen2Config(), None),
+    (Gemma3TextConfig(sliding_window=300), 300),
+], ids=lambda given: getattr(given, "model_type", given))
+def test_a_context_beyond_what_attention_reaches_is_refused(config, window, tmp_path):
+    config.hidden_size, config.num_hidden_layers, config.vocab_size = 64, 2, 50
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:2]
+    config.save_pretrained(tmp_path)
+    check_positions(str(tmp_path), 300)
+    if window is None:
+        check_positions(str(tmp_path), 301)
+        return
+    with pytest.raises(ValueError, match=f"--max_context 301: attention of {tmp_path} reaches 300 tokens back"):
+        check_positions(str(tmp_path), 301)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_the_dry_run_too(tiny, capsys):

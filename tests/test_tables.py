@@ -109,7 +109,8 @@ def test_differences_pair_runs_of_one_seed_from_the_same_weights_and_levels_only
     assert [row["measure"] for row in rows] == list(tables.MEASURES)
     assert difference_rows("main", [(focus[0], focus[0])]) == []
     (tmp_path / "rivals.png").touch()  # of runs that are no more
-    assert report.figures(tmp_path, {"main": []}, rows, []) == [tmp_path / "differences.png"] == [*tmp_path.iterdir()]
+    drawn = report.figures(tmp_path, {"main": []}, {}, rows, [])
+    assert drawn == [tmp_path / "differences.png"] == [*tmp_path.iterdir()]
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
 
 
