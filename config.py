@@ -219,9 +219,10 @@ def chosen_settings(preset: str, env: str, algo: str, model: str = "") -> dict[s
             f"algo {algo}": ALGO_SETTINGS.get(algo, {}), f"model {model}": of_model}
 
 
-def usual_settings(preset: str, env: str, algo: str, model: str = "") -> dict:
-    """All of `chosen_settings` at once."""
-    return {name: value for part in chosen_settings(preset, env, algo, model).values() for name, value in part.items()}
+def usual_settings(env: str, algo: str, model: str = "") -> dict:
+    """All of `chosen_settings` of the laptop's preset at once."""
+    parts = chosen_settings("laptop", env, algo, model).values()
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def of_run(run: Path) -> Config:
@@ -244,7 +245,7 @@ def departures(config: Config) -> dict:
     """
     unread = {"env", "algo", "weights", "seed", "output_dir", "cache_dir", "save_steps", "micro_batch_tokens",
               "gradient_checkpointing", "device", "num_threads"}
-    usual = {**vars(Config()), **usual_settings("laptop", config.env, config.algo)}
+    usual = {**vars(Config()), **usual_settings(config.env, config.algo)}
     own = {**vars(config), "model": Path(config.model).name}
     usual["model"] = Path(usual["model"]).name
     for budget in BUDGETS:

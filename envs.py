@@ -20,6 +20,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
@@ -33,11 +34,6 @@ FORMAT = "<think>your reasoning</think><answer>your actions</answer>"
 Cell = tuple[int, int]
 Room = tuple[Cell, frozenset[Cell]]  # Sokoban's state: player, boxes
 Choice = Callable[[list[str]], str]  # picks a move, given the best ones
-
-
-def first(best: list[str]) -> str:
-    """The oracle's choice."""
-    return best[0]
 
 
 class Sokoban:
@@ -101,7 +97,7 @@ class Sokoban:
         closer = self.distance.get(self.state, 0) - 1
         return [a for a in self.actions if self.distance.get(self._move(self.state, a)) == closer]
 
-    def solve(self, choose: Choice = first) -> list[str]:
+    def solve(self, choose: Choice = itemgetter(0)) -> list[str]:
         """A shortest solution from here, empty if there is none; `choose` makes a weaker player of it."""
         start, plan = self.state, []
         while len(plan) < 100 and (best := self.best_actions()):
@@ -255,7 +251,7 @@ class FrozenLake:
         q = self.values[min(self.actions_left, len(self.values) - 1), self.player[0] * self.size + self.player[1]]
         return [a for a, value in zip(self.actions, q, strict=True) if q.max() > 0 and value > q.max() - 1e-9]
 
-    def solve(self, choose: Choice = first) -> list[str]:
+    def solve(self, choose: Choice = itemgetter(0)) -> list[str]:
         """Best actions from here as long as every move goes where it was meant to; `choose` as in Sokoban."""
         start, left, plan = self.player, self.actions_left, []
         self.actions_left = min(left, self._horizon())

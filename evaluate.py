@@ -80,7 +80,7 @@ def settings_of(folder: Path, given: dict) -> tuple[Config, Path]:
         check_positions(config.model, config.max_context)
         return config, checkpoint.find_checkpoint(folder)
     name, env, algo = given.get("model", str(folder)), given.get("env", Config.env), given.get("algo", Config.algo)
-    config = Config(**{**usual_settings("laptop", env, algo, name), **given, "model": name})
+    config = Config(**{**usual_settings(env, algo, name), **given, "model": name})
     started = start_model(config)
     return replace(config, model=started), Path(started) if folder == Path(name) else folder
 

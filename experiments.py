@@ -187,7 +187,7 @@ def flags(run: dict) -> list[str]:
 def planned(run: dict) -> Config:
     """The settings that train.py would give the run."""
     given = {**run, "model": str(MODELS / run["model"])} if "model" in run else run
-    return Config(**{**usual_settings("laptop", run["env"], run["algo"]), **given})
+    return Config(**{**usual_settings(run["env"], run["algo"]), **given})
 
 
 def name_of(run: dict) -> str:

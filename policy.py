@@ -285,7 +285,7 @@ def score_tokens(model: PreTrainedModel, tokens: Tensor, is_response: Tensor, te
         checkpoint(_chunk_scores, head, h, y, temperature, use_reentrant=False)  # logits again in backward, not kept
         for h, y in zip(hidden.split(chunk), sampled.split(chunk), strict=True)
     ]
-    columns = [torch.cat(column) for column in zip(*chunks, strict=True)] or [hidden.new_zeros(0)] * 3
+    columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
     return TokenScores(*(_spread(column, is_response) for column in columns))
 
 

@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             own = dict(model=args.model, env=args.env, warmstart_steps=args.steps, prompt_style=args.prompt_style,
                        warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
             own |= {} if args.max_context is None else {"max_context": args.max_context}
-            config = Config(**{**usual_settings("laptop", args.env, Config.algo), **own})
+            config = Config(**{**usual_settings(args.env, Config.algo), **own})
             name = source_model(config)
             check_positions(name, config.max_context)
             bring_to_format(config, name, args.output_dir, args.seed)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product as combinations
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ class WebShop:
             return [f"click[{value}]" for value in missing if self.actions_left > 1] or ["click[buy now]"]
         return [] if page.name == "bought" else ["click[< prev]"]
 
-    def solve(self, choose: Callable[[list[str]], str] = lambda best: best[0]) -> list[str]:
+    def solve(self, choose: Callable[[list[str]], str] = itemgetter(0)) -> list[str]:
         """The oracle's actions from here to the purchase, within the actions left; `choose` picks among the best."""
         page, left, plan = self.page, self.actions_left, []
         while self.actions_left > 0 and (best := self.best_actions()):

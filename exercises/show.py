@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     try:
         texts = [(folder / "metrics.jsonl").read_text(encoding="utf-8") for folder in folders]
         runs = [[json.loads(line) for line in text.split("\n")[:-1]] for text in texts]
-        columns = [[f"{key} {number}", *("-" if row[key] is None else f"{row[key]:.5g}" for row in rows)]
+        columns = [[f"{key} {number}", *("-" if row[key] is None else f"{row[key]:.6g}" for row in rows)]
                    for number, rows in enumerate(runs, 1) for key in keys]
     except OSError as error:
         print(f"error: no such run: {error}", file=sys.stderr)

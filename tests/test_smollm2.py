@@ -72,6 +72,13 @@ def test_weights_and_tokens_equal_those_of_transformers_own_loader(folder):
 
 
 @needs_wheel
+@pytest.mark.parametrize("text, digits", [("a  1", ["1"]), ("x\n\n1", ["1"]), ("at (2, 31)", ["2", "3", "1"])])
+def test_every_digit_is_a_token_whatever_stands_before_it(folder, text, digits):
+    tokens = AutoTokenizer.from_pretrained(folder).tokenize(text)
+    assert [token for token in tokens if any(map(str.isdigit, token))] == digits
+
+
+@needs_wheel
 def test_tags_of_several_tokens_are_reasoning_and_only_the_answer_is_action(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pieces = token_pieces(tokenizer, tokenizer("<think>go √ on</think><answer>Right</answer>").input_ids)
