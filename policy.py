@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -37,6 +36,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from energy import token_energy, token_entropy
 
 CHUNK, LOGITS = 2048, 2**24  # response tokens whose logits exist at one time, and how many numbers these may be
+# Where a template names today's date: a run that goes on tomorrow has the prompts of today.
+A_DAY = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -51,10 +52,10 @@ class TokenScores(NamedTuple):
 class Critic(nn.Module):
     """A language model's body with a scalar head: V(cₜ), the value before token t."""
 
-    def __init__(self, body: PreTrainedModel):
+    def __init__(self, body: PreTrainedModel, width: int):
         super().__init__()
         self.body = body
-        self.head = nn.Linear(body.config.hidden_size, 1)
+        self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)  # the first values are 0, whatever the body
         nn.init.zeros_(self.head.bias)
 
@@ -79,7 +80,8 @@ def pick_device(name: str) -> torch.device:
 def load_model(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal language model from a folder or a hub name, float32, dropout off."""
     model, found = _load(AutoModelForCausalLM, name, dtype=torch.float32, output_loading_info=True)
-    if strange := {*found["missing_keys"], *found["unexpected_keys"]}:
+    unknown = {key for key in found["unexpected_keys"] if not key.endswith((".masked_bias", ".inv_freq"))}  # constants
+    if strange := found["missing_keys"] | unknown:
         raise ValueError(f"cannot load model {name!r}: its weights are not those of its config.json, "
                          f"{len(strange)} are missing or unknown, {min(strange)} for one")
     if not all(weight.isfinite().all() for weight in model.parameters()):
@@ -109,8 +111,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_critic(name: str, device: torch.device | str = "cpu") -> Critic:
-    """A critic whose body is a copy of the language model `name`."""
-    return Critic(load_model(name, device).base_model).to(device)
+    """A critic whose body is a copy of the language model `name`, and whose head reads what the model's head does."""
+    model = load_model(name, device)
+    return Critic(model.base_model, model.get_output_embeddings().weight.shape[1]).to(device)
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -127,7 +130,8 @@ def outline(name: str) -> PreTrainedModel:
 def check_positions(name: str, max_context: int) -> None:
     """Refuse contexts that are longer than a model's table of learned positions, or than its attention reaches back.
 
-    Rotary positions have no end. A sliding window would be there in training, and not in rollouts, whose mask is whole.
+    Rotary positions have no end, but those that depend on the text's length are other ones for tokens that were read
+    before. A sliding window would be there in training, and not in rollouts, whose mask is whole.
 
     Raises:
         ValueError: it names both lengths.
@@ -139,6 +143,12 @@ def check_positions(name: str, max_context: int) -> None:
     if window < max_context and any(kind.startswith(("sliding", "chunked")) for kind in layers):
         raise ValueError(f"--max_context {max_context}: attention of {name} reaches {window} tokens back")
     known = getattr(config, "max_position_embeddings", max_context)
+    ropes = getattr(config, "rope_parameters", None) or {}  # of all layers, or of each kind of them
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        first = rope.get("original_max_position_embeddings") or known
+        if rope.get("rope_type") in ("dynamic", "longrope") and first < max_context:
+            raise ValueError(f"--max_context {max_context}: {name} turns its positions otherwise in texts of more than "
+                             f"{first} tokens")
     tables = [part.num_embeddings for part in model.modules()
               if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()]
     if known < max_context and any(size >= known for size in tables):
@@ -243,11 +253,13 @@ def becoming(folder: Path, temporary: Path) -> Iterator[None]:
 def opening_text(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> str:
     """Everything before the first response."""
     if tokenizer.chat_template is None:
-        return f"{system}\n{user}\n"
+        bos = getattr(tokenizer, "bos_token_id", None)
+        begins = tokenizer.bos_token if bos is not None and tokenizer.encode("")[:1] == [bos] else ""
+        return f"{begins}{system}\n{user}\n"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     text = _render(tokenizer, messages)
     if system.strip() not in text:
-        raise ValueError("the chat template leaves out the system turn, in which the rules are")
+        raise ValueError("the chat template leaves out or alters the system turn, in which the rules are")
     return text
 
 
@@ -266,8 +278,10 @@ def turn_text(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:  # it is wrong, or has no system turn
+        template = A_DAY + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                             add_generation_prompt=True)
+    except Exception as error:  # of any kind: it is wrong, or has no system turn
         raise ValueError(f"the chat template cannot be followed: {one_line(error)}") from None
 
 

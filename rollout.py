@@ -288,18 +288,18 @@ def play_on(
     engine = engine or Engine(model)
     logits = _read_prefixes(engine, rows, max_context - max_response_tokens, max_context)
     order, pending = list(rows), {}  # slot → trajectory; id of a waiting trajectory → tokens it has still to read
-    may_end, draw = _may_end(tokenizer), _noise(generator, rows)
+    ends, may_close, draw = _ends_turn(model, tokenizer), _may_close(tokenizer), _noise(generator, rows)
     writing = live = len(order)
     while live:
         if 2 * (live - writing) >= writing:  # enough readers: let them read together
             new = [pending.pop(id(row)) for row in order[writing:live]]
             seen = [len(row.tokens) - len(ids) for row, ids in zip(order[writing:live], new, strict=True)]
             logits, writing = torch.cat([logits, engine.forward(new, writing, seen)]), live
-        ended = _write(order[:writing], logits, temperature, draw, may_end, tokenizer, max_response_tokens)
+        ended = _write(order[:writing], logits, temperature, draw, ends, may_close, tokenizer, max_response_tokens)
         for slot in reversed(ended):
             row, writing = order[slot], writing - 1
             message = row.episode.act(_answer(row.close(tokenizer)))
-            ids = [] if message is None else _turn_ids(tokenizer, message, row.tokens[-1])
+            ids = [] if message is None else _turn_ids(tokenizer, message, row.tokens[-1], ends)
             if message is None or len(row.tokens) + len(ids) + max_response_tokens > max_context:
                 live -= 1
                 _move(engine, order, writing, slot)  # the last writer fills the gap, the last reader the writer's place
@@ -338,7 +338,7 @@ def _noise(generator: torch.Generator | None, rows: Sequence[Trajectory]) -> Cal
     return lambda writers: torch.tensor([[own[id(row)].getrandbits(24) / 2**24] for row in writers])
 
 
-def _write(rows, logits, temperature, draw, may_end, tokenizer, max_response_tokens) -> list[int]:
+def _write(rows, logits, temperature, draw, ends, may_close, tokenizer, max_response_tokens) -> list[int]:
     """Sample one token for every row; returns the numbers of the rows whose response ended with it."""
     logq = (logits / temperature).log_softmax(-1)  # (R, V)
     probs = logq.exp()
@@ -352,29 +352,25 @@ def _write(rows, logits, temperature, draw, may_end, tokenizer, max_response_tok
     for i, (row, token, numbers) in enumerate(zip(rows, tokens[:, 0].tolist(), columns, strict=True)):
         row.write(token, *numbers)
         written = len(row.tokens) - len(row.is_action)
-        stopped = token in may_end and _has_ended(tokenizer, row.tokens[-min(written, 9) :])
-        if stopped or written == max_response_tokens:
+        closed = token in may_close and "</answer>" in tokenizer.decode(row.tokens[-min(written, 9) :])
+        if token in ends or closed or written == max_response_tokens:
             ended.append(i)
     return ended
 
 
-def _has_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
-    return ids[-1] in _ends_turn(tokenizer) or "</answer>" in tokenizer.decode(ids)
-
-
-@lru_cache(maxsize=1)
-def _ends_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The eos token, and the special one that the chat template puts after a response, where that is another."""
-    first = tokenizer.encode(turn_text(tokenizer, ""), add_special_tokens=False)[0]
-    added = tokenizer.added_tokens_decoder
-    return {tokenizer.eos_token_id} | ({first} if first in added and added[first].special else set())
+def _ends_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All eos tokens, and the special one that the chat template puts after a response, where that is another."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    first = tokenizer.encode(turn_text(tokenizer, ""), add_special_tokens=False)[:1]
+    special = {i for i in first if i in (added := tokenizer.added_tokens_decoder) and added[i].special}
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} | special
 
 
 @lru_cache(maxsize=1)  # 0.4 s with 150,000 tokens, and CARL asks in every round
-def _may_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens after which a response can be over; only there is text looked at."""
+def _may_close(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with which an answer can close; only there is text looked at."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return {i for i, text in enumerate(texts) if ">" in text} | _ends_turn(tokenizer)
+    return {i for i, text in enumerate(texts) if ">" in text}
 
 
 def _answer(text: str) -> str | None:
@@ -382,10 +378,10 @@ def _answer(text: str) -> str | None:
     return text[slice(*span)] if span else None
 
 
-def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int) -> list[int]:
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int, ends: set[int]) -> list[int]:
     """The tokens between two responses; the end-of-turn token is not said twice."""
     ids = tokenizer.encode(turn_text(tokenizer, message), add_special_tokens=False)
-    return ids[1:] if last in _ends_turn(tokenizer) and ids[0] == last else ids
+    return ids[1:] if last in ends and ids[0] == last else ids
 
 
 def _move(engine: Engine, order: list[Trajectory], source: int, target: int) -> None:

@@ -45,7 +45,9 @@ def start_model(config: Config) -> str:
     env = build_env(config)
     how = (config.env, env_options(config), *(getattr(env, name) for name in BUDGETS), config.prompt_style,
            config.max_context, config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
-    digest = hashlib.sha256(repr((name, weights_digest(Path(name)), *how)).encode()).hexdigest()[:8]
+    files = [path for kind in ("*.json", "*.jinja", "*.bin") for path in sorted(Path(name).glob(kind))]
+    texts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    digest = hashlib.sha256(repr((name, weights_digest(Path(name)), texts, *how)).encode()).hexdigest()[:8]
     folder = cache_folder(config) / f"{Path(name).name}-{config.env}-{digest}"
     if not folder.is_dir():  # one start for all seeds of a comparison
         check_prompts(config, load_tokenizer(name))  # or responses that do not fit would teach nothing
@@ -82,7 +84,11 @@ def set_up_learning(config: Config, model: PreTrainedModel) -> None:
 
 
 def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that cannot be followed, and prompts that leave no room for a response."""
+    """Refuse tokens that lose text, a chat template that cannot be followed, prompts without room for a response."""
+    text = "<think>so</think>\n<answer>Up || √</answer>"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != text:
+        raise ValueError("the tokenizer loses tags, lines or symbols: a response is not the text that it decodes to")
     turn_text(tokenizer, "")
     levels = make_episodes(config, evaluation_levels(config), 1)
     texts = [opening_text(tokenizer, level.system(), level.user()) for level in levels]

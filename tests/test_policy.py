@@ -4,10 +4,20 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from tiny import llama
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
 
 import policy
 from policy import Critic, load_critic, load_model, load_tokenizer, micro_batches, opening_text, score_tokens, turn_text
@@ -89,7 +99,7 @@ def test_no_response_token_at_all_gives_zeros():
 def test_a_padded_batch_equals_its_single_rows(kind):
     model, lengths = MODELS[kind](), (7, 12, 5)
     tokens, is_response = ragged(lengths)
-    critic = Critic(model.base_model)
+    critic = Critic(model.base_model, model.config.hidden_size)
     nn.init.normal_(critic.head.weight)
     whole = [*score_tokens(model, tokens, is_response), critic(tokens, is_response)]
     for row, n in enumerate(lengths):
@@ -171,7 +181,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(budget):
 
 def test_the_critic_starts_at_zero_and_its_value_of_token_t_comes_from_position_t_minus_1():
     table = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 7.0], [9.0, 0.0]])
-    critic = Critic(Known(table))
+    critic = Critic(Known(table), 2)
     tokens, is_response = torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[False, True, False, True]])
     assert critic(tokens, is_response).tolist() == [[0, 0, 0, 0]]
     critic.head.weight.data, critic.head.bias.data = torch.tensor([[2.0, 1.0]]), torch.tensor([0.5])
@@ -248,6 +258,42 @@ def templated(tiny, template) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.mark.parametrize("known, begins", [(True, "<s>"), (False, "")])
+def test_without_a_chat_template_a_text_begins_as_the_tokenizer_begins_one(known, begins):
+    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if known:  # as Llama's and Gemma's
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    text = opening_text(tokenizer, "a", "b")
+    assert text == f"{begins}a\nb\n"
+    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode("a\nb\n")
+
+
+def test_a_template_that_names_the_day_is_the_same_tomorrow_and_one_that_fails_is_one_line(tiny):
+    dated = templated(tiny, "{{ strftime_now('%d %B %Y') }} " + CHATML)
+    assert opening_text(dated, "rules", "state").startswith("01 Jan 2026 <|im_start|>system")
+    with pytest.raises(ValueError, match="the chat template cannot be followed: ") as caught:
+        opening_text(templated(tiny, "{{ 1 + 'a' }}" + CHATML), "rules", "state")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_critics_head_is_as_wide_as_the_last_hidden_state(tmp_path):
+    shape = OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=1,
+                      num_attention_heads=2, max_position_embeddings=32)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    values = load_critic(str(tmp_path))(torch.arange(6).view(1, 6), torch.arange(6).view(1, 6) > 2)
+    assert values.tolist() == [[0] * 6]
+
+
+def test_a_checkpoint_may_keep_constants_that_are_computed_today(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    constants = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}  # as GPT-2's older ones
+    safetensors.torch.save_file(weights | constants, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(str(tmp_path))
+
+
 def test_without_a_chat_template_messages_are_plain_lines(tiny):
     tokenizer = templated(tiny, None)
     assert opening_text(tokenizer, "rules", "state") == "rules\nstate\n"
@@ -268,7 +314,7 @@ def test_with_a_chat_template_the_pieces_join_to_the_full_rendering(tiny):
 
 def test_a_chat_template_that_leaves_out_the_rules_is_refused(tiny):
     silent = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
-    with pytest.raises(ValueError, match="leaves out the system turn"):
+    with pytest.raises(ValueError, match="leaves out or alters the system turn"):
         opening_text(templated(tiny, silent), "rules", "state")
     trimmed = CHATML.replace("m.content }}", "m.content.strip() }}")
     assert "rules" in opening_text(templated(tiny, trimmed), "rules\n", "state")

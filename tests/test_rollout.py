@@ -251,6 +251,14 @@ def test_the_end_of_turn_token_ends_a_response_and_is_said_once(eos):
         assert row.tokens == [GO, END, GO, END, GO, *response, *end, REWARD, END, GO, *response]
 
 
+def test_every_eos_token_of_the_model_ends_a_response():
+    model = Chain({GO: THINK, THINK: HM})  # after HM any token, all alike
+    model.table.data[HM, DOWN] = 100.0
+    model.generation_config = SimpleNamespace(eos_token_id=[END, DOWN])  # Qwen2.5-Instruct has two
+    (row,) = play(model, [Game()])
+    assert row.tokens[2:] == [THINK, HM, DOWN] and row.episode.answers == [None]
+
+
 def test_a_response_cut_short_is_an_invalid_turn():
     (row,) = play(Chain(TURN), [Game("go")], max_response_tokens=5)
     assert row.episode.answers == [None, None]
@@ -443,7 +451,8 @@ def test_keep_leaves_the_other_tokens_out_and_cuts_off_what_follows_the_last_one
 
 
 def test_learned_positions_are_never_asked_beyond_the_context(monkeypatch):
-    monkeypatch.setattr(module, "_has_ended", lambda tokenizer, ids: False)  # so that both rows read at the same time
+    for name in ("_ends_turn", "_may_close"):  # so that both rows read at the same time
+        monkeypatch.setattr(module, name, lambda *_: set())
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
     # a long history that reads little, beside a short history that reads much
     episodes = [Game("go", prompt="go " * 45), Game("go " * 40, prompt="go")]

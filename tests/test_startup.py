@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from tiny import flags, llama
+from tokenizers import Tokenizer, normalizers
 from transformers import (
     Gemma3TextConfig,
     GPT2Config,
@@ -320,6 +321,33 @@ def test_a_context_beyond_a_table_of_learned_positions_is_refused(tiny, tmp_path
     assert evaluate.main([str(run), "--max_context", "513"]) == 2
     assert capsys.readouterr().err == f"error: --max_context 513: {tmp_path}/gpt2 knows 512 positions\n"
     check_positions(str(tiny), 4096)  # its 1,024 are of a rotary table, which has no end
+
+
+@pytest.mark.parametrize("kind, refused", [("longrope", True), ("dynamic", True), ("default", False)])
+def test_positions_that_depend_on_the_texts_length_are_refused_beyond_the_first_length(tiny, tmp_path, kind, refused):
+    shutil.copytree(tiny, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    more = {"longrope": {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}, "dynamic": {"factor": 2.0}}.get(kind, {})
+    about["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 512} | more
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about))
+    check_positions(str(tmp_path / "model"), 512)
+    if not refused:
+        check_positions(str(tmp_path / "model"), 513)
+        return
+    with pytest.raises(ValueError, match=r"--max_context 513: .* in texts of more than 512 tokens"):
+        check_positions(str(tmp_path / "model"), 513)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "model")
+    words = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    words.normalizer = normalizers.Replace("\n", " ")  # as T5's
+    words.save(str(tmp_path / "model" / "tokenizer.json"))
+    for more in ([], ["--dry_run"]):
+        capsys.readouterr()
+        assert train.main([*flags(model=tmp_path / "model", output_dir=tmp_path / "run"), *more]) == 2
+        assert "error: the tokenizer loses tags, lines or symbols" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("config, window", [
