@@ -60,7 +60,8 @@ class Trajectory:
     def read(self, ids: Sequence[int]) -> None:
         """Append tokens that the policy did not write."""
         self.tokens += ids
-        self._fill()
+        for column in (self.is_response, self.is_action, self.logp, self.entropy, self.score_norm):
+            column += [0] * (len(self.tokens) - len(column))
 
     def write(self, token: int, logp: float, entropy: float, score_norm: float) -> None:
         """Append one sampled token."""
@@ -70,17 +71,14 @@ class Trajectory:
         self.entropy.append(entropy)
         self.score_norm.append(score_norm)
 
-    def close(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """End the response in progress, classify its tokens, and return its text."""
+    def close(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """End the response in progress, classify its tokens, and return its answer, None without the structure."""
         start = len(self.is_action)
         pieces = token_pieces(tokenizer, self.tokens[start:])
         self.is_action += classify_tokens(pieces)[1].tolist()
         self.spans.append((start, len(self.tokens)))
-        return "".join(pieces)
-
-    def _fill(self) -> None:
-        for column in (self.is_response, self.is_action, self.logp, self.entropy, self.score_norm):
-            column += [0] * (len(self.tokens) - len(column))
+        text = "".join(pieces)
+        return text[slice(*span)] if (span := answer_span(text)) else None
 
 
 @dataclass
@@ -227,8 +225,7 @@ class Engine:
 def load_policy(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A model as `load_model` gives it, of which it is sure that an `Engine` writes what the model says.
 
-    Raises:
-        ValueError: it does not, as recurrent layers do not, nor attention that does not know masks of true and false.
+    Else a ValueError: recurrent layers do not, nor does attention that does not know masks of true and false.
     """
     model = load_model(name, device)
     try:
@@ -298,7 +295,7 @@ def play_on(
         ended = _write(order[:writing], logits, temperature, draw, ends, may_close, tokenizer, max_response_tokens)
         for slot in reversed(ended):
             row, writing = order[slot], writing - 1
-            message = row.episode.act(_answer(row.close(tokenizer)))
+            message = row.episode.act(row.close(tokenizer))
             ids = [] if message is None else _turn_ids(tokenizer, message, row.tokens[-1], ends)
             if message is None or len(row.tokens) + len(ids) + max_response_tokens > max_context:
                 live -= 1
@@ -369,13 +366,7 @@ def _ends_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 @lru_cache(maxsize=1)  # 0.4 s with 150,000 tokens, and CARL asks in every round
 def _may_close(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens with which an answer can close; only there is text looked at."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return {i for i, text in enumerate(texts) if ">" in text}
-
-
-def _answer(text: str) -> str | None:
-    span = answer_span(text)
-    return text[slice(*span)] if span else None
+    return {i for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])) if ">" in text}
 
 
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, message: str, last: int, ends: set[int]) -> list[int]:

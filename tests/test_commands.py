@@ -50,7 +50,8 @@ command_not_found_handle() { printf '%s\\0' "${ACTFOCUS_MODULE:+ACTFOCUS_MODULE=
 
 def commands(text):
     """The words of every command of a page, the first one a variable's setting or empty."""
-    assert set(re.findall(r"^ *```(\w+)", text, re.M)) <= {"bash"}  # a block of another name would be overlooked
+    names = set(re.findall(r"^ *```(\w+)", text, re.M))
+    assert names <= {"bash", "python"}  # a block of another name would be overlooked; `test_readme.py` runs Python
     blocks = re.findall(r"^ *```bash\n(.*?)```", text, re.M | re.S)
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     lines = [line.replace("\n", " ") for line in re.findall(rf"`({PROGRAMS}[^`]+)`", prose)]
