@@ -104,7 +104,12 @@ def provenance(model: Path, device: str = "cpu") -> dict:
 
 def weights_digest(model: Path) -> str | None:
     """The first 12 digits of the SHA-256 of a model folder's weights; None for a hub name."""
-    files, digest = sorted(model.glob("*.safetensors")), hashlib.sha256()
+    return files_digest(model, "*.safetensors")
+
+
+def files_digest(model: Path, *kinds: str) -> str | None:
+    """The same of all its files of these kinds."""
+    files, digest = [path for kind in kinds for path in sorted(model.glob(kind))], hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12] if files else None

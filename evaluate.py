@@ -52,10 +52,11 @@ def parse(argv: Sequence[str] | None) -> tuple[dict, Config, Path]:
     parser.add_argument("--groups", type=int, metavar="P", help="with --bottleneck: so many groups, by default 256")
     parser.add_argument("--beside", metavar="FOLDER", help="with --html: this model on the same level beside it")
     given = vars(parser.parse_args(argv))
-    names = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html", "beside", "csv", "groups")  # 6 actions
-    todo, folder = {name: given.pop(name, None) for name in names}, given.pop("folder", given.get("model", str(TINY)))
-    if len(actions := [f"--{name}" for name in names[:6] if todo[name]]) > 1:
-        raise ValueError(f"{' '.join(actions)}: one at a time")
+    actions = ("show_tokens", "bottleneck", "bench", "floors", "plot", "html")
+    todo = {name: given.pop(name, None) for name in (*actions, "beside", "csv", "groups")}
+    folder = given.pop("folder", given.get("model", str(TINY)))
+    if len(asked := [f"--{name}" for name in actions if todo[name]]) > 1:
+        raise ValueError(f"{' '.join(asked)}: one at a time")
     if todo["csv"] and not (todo["bottleneck"] and todo["csv"].parent.is_dir()):
         raise ValueError(f"--csv {todo['csv']}: goes with --bottleneck, and its folder must exist")
     if todo["groups"] is not None and not (todo["bottleneck"] and todo["groups"] >= 3):

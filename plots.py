@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def learning_curves(
     runs: Sequence[Path], path: Path, floor: float | None = None, ceiling: float | None = None,
-    side_by_side: bool = True, names: Mapping[Path, str] | None = None,
+    side_by_side: bool = True, names: Mapping[str, str] | None = None,
 ) -> Path:
     """Success against step, a panel for every (env, algo), a colour for every other setting, or for each of `names`.
 
@@ -56,7 +56,7 @@ def learning_curves(
 
 
 def _by_setting(
-    runs: Sequence[Path], names: Mapping[Path, str] | None = None
+    runs: Sequence[Path], names: Mapping[str, str] | None = None
 ) -> dict[tuple[str, str, str], list[Path]]:
     """Runs that differ in seed only, under (env, algo, label): its name, or weights and what else tells it apart."""
     alike: dict[tuple, dict[Path, set]] = {}
@@ -68,7 +68,7 @@ def _by_setting(
         common = set.intersection(*members.values())
         for run, own in members.items():
             rest = sorted(f"{name} {value}" for name, value in own - common)
-            label = names[run] if names else ", ".join([weights, *rest])
+            label = names[run.name] if names else ", ".join([weights, *rest])
             groups.setdefault((env, algo, label), []).append(run)
     return dict(sorted(groups.items()))
 

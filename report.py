@@ -106,9 +106,8 @@ def figures(
     """Learning curves of three grids, gradient mass, paired differences of all grids, the diagnosis along training."""
     folders = {grid: [results / "runs" / run.name for run in runs] for grid, runs in members.items()}
     final = [row for row in differences if row["measure"] == "final" and row["low"] is not None]
-    names = {results / "runs" / name: called for name, called in names.items()}
     drawn = {"defaults": (folders.get("defaults"), plots.learning_curves),
-             "main": ([*names], partial(plots.learning_curves, names=names)),
+             "main": ([results / "runs" / name for name in names], partial(plots.learning_curves, names=names)),
              "rivals": (folders.get("rivals"), partial(plots.learning_curves, side_by_side=False)),
              "differences": (final, plots.differences), "diagnosis": (diagnosis, plots.diagnosis)}
     wanted = [(*drawn[name], picture) for name, (picture, _) in PICTURES.items()]

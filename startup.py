@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import warmstart
 from actfocus import classify_tokens
-from checkpoint import State, weights_digest
+from checkpoint import State, files_digest
 from config import CRITIC, Config
 from envs import BUDGETS
 from lora import AdapterOff, add_lora
@@ -22,7 +22,6 @@ from memory import memory_line
 from methods import build_env, env_options, evaluation_levels, make_episodes
 from policy import (
     Critic,
-    check_positions,
     load_critic,
     load_model,
     load_tokenizer,
@@ -39,15 +38,13 @@ from smollm2 import cache_folder, source_model
 def start_model(config: Config) -> str:
     """The model a run starts from, and its reference: converted, and taught the format, where the settings say so."""
     name = source_model(config)
-    check_positions(name, config.max_context)
     if not config.warmstart_steps:
         return name
     env = build_env(config)
     how = (config.env, env_options(config), *(getattr(env, name) for name in BUDGETS), config.prompt_style,
            config.max_context, config.warmstart_steps, config.warmstart_learning_rate, config.dtype)
-    files = [path for kind in ("*.json", "*.jinja", "*.bin") for path in sorted(Path(name).glob(kind))]
-    texts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    digest = hashlib.sha256(repr((name, weights_digest(Path(name)), texts, *how)).encode()).hexdigest()[:8]
+    files = files_digest(Path(name), "*.safetensors", "*.bin", "*.json", "*.jinja")
+    digest = hashlib.sha256(repr((name, files, *how)).encode()).hexdigest()[:8]
     folder = cache_folder(config) / f"{Path(name).name}-{config.env}-{digest}"
     if not folder.is_dir():  # one start for all seeds of a comparison
         check_prompts(config, load_tokenizer(name))  # or responses that do not fit would teach nothing
@@ -102,7 +99,6 @@ def dry_run(config: Config) -> None:
     """Print what a run would start with: settings, memory, and an episode of a scripted player, token by token."""
     print(*(f"--{name} {value}" for name, value in asdict(config).items()), sep="\n")
     name = source_model(config)
-    check_positions(name, config.max_context)
     tokenizer = load_tokenizer(name)
     check_prompts(config, tokenizer)
     print(memory_line(config, name))

@@ -32,7 +32,6 @@ from envs import Cell, Env, Episode, make_env
 from methods import build_env
 from policy import (
     TINY,
-    check_positions,
     load_model,
     load_tokenizer,
     micro_batches,
@@ -354,9 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        warmstart_learning_rate=args.learning_rate, dtype=args.dtype, cache_dir=args.cache_dir)
             own |= {} if args.max_context is None else {"max_context": args.max_context}
             config = Config(**{**usual_settings(args.env, Config.algo), **own})
-            name = source_model(config)
-            check_positions(name, config.max_context)
-            bring_to_format(config, name, args.output_dir, args.seed)
+            bring_to_format(config, source_model(config), args.output_dir, args.seed)
         else:
             place_beside(args.output_dir).rmdir()
             (commit_tiny if args.committed else make_tiny)(args.output_dir, args.seed, args.shrink)

@@ -761,9 +761,24 @@ def test_a_warm_start_is_made_once_and_is_the_reference_of_every_later_run(tiny,
     run(tiny, tmp_path / "three", max_steps=1, **{**options, "warmstart_steps": 1})
     run(tiny, tmp_path / "four", max_steps=1, **options, actions_per_turn=1)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # another warm start is another folder
-    monkeypatch.setattr(startup, "weights_digest", lambda folder: "of a model that was made anew")
+    monkeypatch.setattr(startup, "files_digest", lambda *_: "of a model that was made anew")
     run(tiny, tmp_path / "five", max_steps=0, **options)
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_a_warm_start_is_another_where_weights_tokenizer_template_or_config_are(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(warmstart, "bring_to_format", lambda config, name, folder: folder.mkdir(parents=True))
+    shutil.copytree(tiny, tmp_path / "model")
+    options = config(tmp_path / "model", warmstart_steps=1, cache_dir=str(tmp_path / "cache"))
+    found = [startup.start_model(options)]
+    assert startup.start_model(options) == found[0]
+    template = b"{% for m in messages %}{{ m.content }}{% endfor %}"
+    for name, more in (("model.safetensors", b" "), ("tokenizer.json", b" "), ("config.json", b" "),
+                       ("chat_template.jinja", template)):
+        with (tmp_path / "model" / name).open("ab") as file:
+            file.write(more)
+        found.append(startup.start_model(options))
+    assert len(set(found)) == 5
 
 
 def test_a_warm_start_on_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
